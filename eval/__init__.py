@@ -1,0 +1,1 @@
+"""What has changed: capability, generalisation, statistics, results and report. Sees no reward model."""

@@ -1,0 +1,1 @@
+"""What is good: probes with a verifiable truth, the verifier, reward models and their composition. Knows no trainer."""

@@ -1,0 +1,1 @@
+"""How a model is changed: standard mix and dose, warm start, policy optimisation, ledger."""
