@@ -1,0 +1,50 @@
+"""Load policies and tokenizers from a hub id, a local directory, or the embedded base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from models.embedded import embedded_model
+
+
+def resolve_model(name: str) -> str:
+    """What from_pretrained takes for `name`: an embedded model's directory, a local directory, or a hub id.
+
+    Raises ValueError for a path that is not a model directory.
+    """
+    if name.startswith("embedded:"):
+        return str(embedded_model(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"base: {name} has no config.json, so it is not a Hugging Face model directory")
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(
+            f"base: {name!r} is neither a directory nor a hub id; use a path with a config.json, a hub id such as "
+            "org/model, or embedded:smollm2-135m-instruct"
+        )
+    return name
+
+
+def load_model(
+    name: str, adapter: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
+    """A causal language model in eval mode; a PEFT adapter, if given, is merged into its weights."""
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype, attn_implementation="sdpa")
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token (its own or, where it has none, the end-of-sequence token)."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

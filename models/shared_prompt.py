@@ -1,0 +1,221 @@
+"""The prompt-sharing forward: a prompt and all its continuations go through the model as one sequence.
+
+A tree is a prompt and its branches (the completions of a group, or the choices of a question). It is laid out as
+prompt, branch 1, branch 2, ...; position ids restart after the prompt for every branch, and a 4-D mask lets a branch see the prompt
+and itself only. So the prompt is encoded once instead of once per branch, and every log-probability and gradient is exact. Several
+trees are packed into one sequence without padding; only the positions that predict a branch token reach the LM head.
+
+The idea of encoding a shared prefix once is Prefix Grouper's (arXiv 2506.05433).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+PROMPT = -1  # branch index of a prompt token
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prompt and the branches that continue it, as token ids. The prompt has at least one token."""
+
+    prompt: list[int]
+    branches: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.branches))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Trees laid out in one row of T tokens. N branch tokens in all, in the order tree, branch, token."""
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T) restart after the prompt for every branch
+    mask: Tensor  # (1, 1, T, T) bool, True where a row may attend to a column
+    predictors: Tensor  # (N,) row whose hidden state predicts branch token n
+    targets: Tensor  # (N,) branch token ids
+    lengths: list[list[int]]  # branch lengths per tree
+
+
+def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
+    """Lay trees out in one row with their positions, their mask, and the rows that predict each branch token."""
+    ids: list[int] = []
+    positions: list[int] = []
+    tree_of: list[int] = []
+    branch_of: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    for t, tree in enumerate(trees):
+        if not tree.prompt:
+            raise ValueError(
+                "a tree needs a prompt of at least one token: its last token predicts every branch's first"
+            )
+        n = len(tree.prompt)
+        last = len(ids) + n - 1
+        ids += tree.prompt
+        positions += range(n)
+        branch_of += [PROMPT] * n
+        for b, branch in enumerate(tree.branches):
+            start = len(ids)
+            ids += branch
+            positions += range(n, n + len(branch))
+            branch_of += [b] * len(branch)
+            predictors += [last, *range(start, start + len(branch) - 1)][: len(branch)]
+            targets += branch
+        tree_of += [t] * len(tree)
+    tree_T = torch.tensor(tree_of, device=device)
+    branch_T = torch.tensor(branch_of, device=device)
+    same_tree = tree_T[:, None] == tree_T[None, :]
+    visible = (branch_T[None, :] == PROMPT) | (branch_T[:, None] == branch_T[None, :])
+    causal = torch.ones(len(ids), len(ids), dtype=torch.bool, device=device).tril()
+    return Pack(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        mask=(same_tree & visible & causal)[None, None],
+        predictors=torch.tensor(predictors, dtype=torch.long, device=device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        lengths=[[len(branch) for branch in tree.branches] for tree in trees],
+    )
+
+
+def fill(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in order, cut into runs whose sizes sum to at most `budget` (a larger single one stands alone)."""
+    run: list[int] = []
+    total = 0
+    for i, size in enumerate(sizes):
+        if run and total + size > budget:
+            yield run
+            run, total = [], 0
+        run.append(i)
+        total += size
+    if run:
+        yield run
+
+
+def packed_logps(model: Any, packed: Pack, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every branch token of a pack, each (N,) float32. Differentiable in the log-probabilities.
+
+    `model` is a causal language model or a PEFT wrapper around one. Entropies carry no gradient.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mask = packed.mask
+    if causal_lm.config._attn_implementation == "eager":  # adds its mask to the scores; SDPA takes booleans
+        floor = torch.finfo(causal_lm.dtype).min
+        mask = torch.zeros_like(mask, dtype=causal_lm.dtype).masked_fill_(~mask, floor)
+    hidden_TD = causal_lm.get_decoder()(
+        input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state[0]
+    softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
+    head = causal_lm.get_output_embeddings()
+    return token_logps(hidden_TD[packed.predictors], head, packed.targets, temperature, softcap)
+
+
+def token_logps(
+    hidden_ND: Tensor,
+    head: torch.nn.Module,
+    targets_N: Tensor,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """LM head, log-softmax and gather in chunks of rows, so that the (N, vocabulary) logits never stand in memory at once.
+
+    Where only the hidden states need a gradient (LoRA: the head is frozen), the backward pass needs no second LM head forward.
+    """
+    weight, bias = head.weight, getattr(head, "bias", None)
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    logps: list[Tensor] = []
+    entropies: list[Tensor] = []
+    for start in range(0, len(targets_N), chunk):
+        rows, wanted = hidden_ND[start : start + chunk], targets_N[start : start + chunk]
+        if frozen and softcap is None and torch.is_grad_enabled():
+            logp, entropy = _FrozenHeadLogps.apply(rows, weight, bias, wanted, temperature)
+        elif torch.is_grad_enabled():
+            logp, entropy = checkpoint(  # type: ignore[misc]
+                _logps, rows, weight, bias, wanted, temperature, softcap, use_reentrant=False
+            )
+        else:
+            logp, entropy = _logps(rows, weight, bias, wanted, temperature, softcap)
+        logps.append(logp)
+        entropies.append(entropy)
+    if not logps:
+        return hidden_ND.new_zeros(0), hidden_ND.new_zeros(0)
+    return torch.cat(logps), torch.cat(entropies).detach()
+
+
+def _logps(
+    rows_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    logits_NV = F.linear(rows_ND, weight_VD, bias_V).float()
+    if softcap is not None:  # Gemma squashes its logits
+        logits_NV = torch.tanh(logits_NV / softcap) * softcap
+    logits_NV = logits_NV / temperature
+    logz_N = logits_NV.logsumexp(-1)
+    logp_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logz_N
+    with torch.no_grad():
+        probs_NV = (logits_NV - logz_N[:, None]).exp_()
+        entropy_N = logz_N - torch.einsum("nv,nv->n", probs_NV, logits_NV)
+    return logp_N, entropy_N
+
+
+class _FrozenHeadLogps(torch.autograd.Function):
+    """Token log-probabilities whose row gradients are computed in the forward pass.
+
+    d logp_n / d h_n = (W[target_n] - sum_v p_nv W[v]) / temperature depends on row n alone, so it is stored (N, D) instead of the
+    logits (N, V), and the backward pass only scales it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float
+    ):
+        logits_NV = F.linear(rows_ND, weight_VD, bias_V).float()
+        if temperature != 1.0:
+            logits_NV /= temperature
+        logz_N = logits_NV.logsumexp(-1)
+        logp_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logz_N
+        probs_NV = torch.exp(logits_NV - logz_N[:, None])
+        entropy_N = logz_N - torch.einsum("nv,nv->n", probs_NV, logits_NV)
+        grad_ND = weight_VD[targets_N] - probs_NV.to(weight_VD.dtype) @ weight_VD
+        ctx.save_for_backward(grad_ND / temperature)
+        ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * grads[0][:, None].to(grad_ND.dtype), None, None, None, None
+
+
+def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: int = 1024) -> list[list[Tensor]]:
+    """Log-probabilities of every branch's tokens given its prompt: [tree][branch] -> (len(branch),) float32. No gradient.
+
+    Trees of like length share a sequence of at most `token_budget` tokens (a longer tree stands alone).
+    """
+    order = sorted(range(len(trees)), key=lambda i: len(trees[i]))
+    result: list[list[Tensor]] = [[] for _ in trees]
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        for run in fill([len(trees[i]) for i in order], token_budget):
+            packed = pack([trees[order[i]] for i in run], device)
+            logps_N, _ = packed_logps(model, packed)
+            pieces = logps_N.split([n for lengths in packed.lengths for n in lengths])
+            cursor = 0
+            for i, lengths in zip(run, packed.lengths, strict=True):
+                result[order[i]] = list(pieces[cursor : cursor + len(lengths)])
+                cursor += len(lengths)
+    return result

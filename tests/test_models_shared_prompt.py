@@ -1,0 +1,120 @@
+"""The prompt-sharing forward equals the plain one, token by token and gradient by gradient."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from models.shared_prompt import Tree, branch_logps, fill, pack, packed_logps, token_logps
+from tests.conftest import tiny_llama
+
+SHAPE = dict(
+    vocab_size=101, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)  # fmt: skip
+
+
+def some_trees(seed: int = 0, vocab: int = 101) -> list[Tree]:
+    rng = random.Random(seed)
+
+    def tokens(n: int) -> list[int]:
+        return [rng.randrange(3, vocab) for _ in range(n)]
+
+    return [
+        Tree(tokens(7), [tokens(5), tokens(1), tokens(9)]),
+        Tree(tokens(1), [tokens(4), []]),
+        Tree(tokens(12), [tokens(3)] * 2 + [tokens(8)]),
+    ]
+
+
+def plain_logps(model: PreTrainedModel, prompt: list[int], branch: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """One sequence, one forward: the definition."""
+    logits = model(input_ids=torch.tensor([prompt + branch])).logits[0].float() / temperature
+    rows = logits[len(prompt) - 1 : len(prompt) - 1 + len(branch)].log_softmax(-1)
+    return rows.gather(1, torch.tensor(branch)[:, None])[:, 0] if branch else rows.new_zeros(0)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("budget", [16, 4096])
+def test_branch_logps_equal_plain_forward(config: type, budget: int) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**SHAPE), attn_implementation="sdpa").eval()
+    trees = some_trees()
+    for tree, branches in zip(trees, branch_logps(model, trees, budget), strict=True):
+        for branch, logps in zip(tree.branches, branches, strict=True):
+            torch.testing.assert_close(logps, plain_logps(model, tree.prompt, branch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_equal_plain_forward(lora: bool, temperature: float) -> None:
+    trees = some_trees(1)
+    weights = [
+        torch.randn(len(b), generator=torch.Generator().manual_seed(i)) for i, t in enumerate(trees) for b in t.branches
+    ]
+
+    def build() -> torch.nn.Module:
+        model = tiny_llama()
+        if lora:
+            torch.manual_seed(3)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        return model
+
+    shared, plain = build(), build()
+    logps_N, entropies_N = packed_logps(shared, pack(trees), temperature)
+    (logps_N * torch.cat(weights)).sum().backward()
+    branches = [(t.prompt, b) for t in trees for b in t.branches]
+    sum(
+        (plain_logps(plain, p, b, temperature) * w).sum() for (p, b), w in zip(branches, weights, strict=True)
+    ).backward()
+    assert (entropies_N > 0).all()
+    checked = 0
+    for (name, a), (_, b) in zip(shared.named_parameters(), plain.named_parameters(), strict=True):
+        if b.grad is not None:
+            assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm(), name
+            checked += 1
+    assert checked > 10
+
+
+def test_a_branch_does_not_see_its_siblings() -> None:
+    model = tiny_llama()
+    alone = branch_logps(model, [Tree([5, 6, 7], [[8, 9]])])[0][0]
+    crowd = branch_logps(model, [Tree([5, 6, 7], [[40, 41, 42], [8, 9]]), Tree([5, 6, 7], [[8, 9, 10]])])
+    torch.testing.assert_close(crowd[0][1], alone)
+    torch.testing.assert_close(crowd[1][0][:2], alone)
+
+
+def test_entropy_by_hand() -> None:
+    head = torch.nn.Linear(2, 2, bias=False)
+    head.weight.data = torch.eye(2)
+    logps, entropies = token_logps(torch.tensor([[0.0, 0.0], [3.0, 0.0]]), head, torch.tensor([0, 1]))
+    p = 1 / (1 + torch.e**-3)
+    assert logps.tolist() == pytest.approx([-0.693147, torch.tensor(1 - p).log().item()], abs=1e-5)
+    by_hand = -(p * torch.tensor(p).log() + (1 - p) * torch.tensor(1 - p).log()).item()
+    assert entropies.tolist() == pytest.approx([0.693147, by_hand], abs=1e-5)
+
+
+def test_fill_keeps_order_and_budget() -> None:
+    assert list(fill([3, 3, 3, 9, 1, 1], 6)) == [[0, 1], [2], [3], [4, 5]]
+
+
+def test_gemma_soft_caps() -> None:
+    """Soft-capped attention and logits; its sliding window covers these trees."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        Gemma2Config(**SHAPE, head_dim=8, sliding_window=64), attn_implementation="eager"
+    ).eval()
+    trees = some_trees()
+    for tree, branches in zip(trees, branch_logps(model, trees), strict=True):
+        for branch, logps in zip(tree.branches, branches, strict=True):
+            torch.testing.assert_close(logps, plain_logps(model, tree.prompt, branch), atol=1e-4, rtol=1e-4)
