@@ -1,0 +1,269 @@
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownVariableType=false
+"""Statistics of paired comparisons: arrays in, frozen estimates out, no files and no state.
+
+Every comparison of two arms is a set of differences d = value(arm) - value(control), one for each item and seed, both
+arms on the same item. Items of one family are not independent, and neither are items answered by the same trained seed,
+so the unit is the family (`clusters`), and the seed when there is more than one. Methods:
+
+- interval: bias-corrected and accelerated (BCa) bootstrap over clusters (Efron 1987), by scipy;
+- p: sign flips of whole clusters (exact while 2^clusters is small; equal magnitudes reduce to McNemar's binomial);
+- few clusters (< FEW) or several seeds: t interval and t test on the two-way clustered variance (Cameron, Gelbach and
+  Miller 2011) with Satterthwaite's degrees of freedom, because a bootstrap of a handful of units is too narrow;
+- no variance at all: an exact binomial bound on the share of units that could differ, where a bootstrap would say +-0;
+- many comparisons: Benjamini-Hochberg or Holm, by statsmodels;
+- equivalence: two one-sided tests (TOST) against a margin.
+
+"Not significant" is never "no regression": see `verdict`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats as scipy_stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.proportion import proportion_confint
+
+Floats = NDArray[np.float64]
+Verdict = Literal["improved", "regressed", "equivalent", "inconclusive"]
+Method = Literal["bca", "t", "bound"]
+
+FEW = 20  # fewer clusters than this: t instead of the bootstrap
+RESAMPLES = 2000
+FLIPS = 9999
+_scipy = cast(Any, scipy_stats)  # scipy ships no complete types
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point estimate and its two-sided interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference over `n` pairs in `clusters` clusters and `seeds` seeds; `se`, `df`: the clustered t."""
+
+    n: int
+    clusters: int
+    seeds: int
+    delta: float
+    ci_low: float
+    ci_high: float
+    p: float
+    se: float
+    df: float
+    method: Method
+
+
+@dataclass(frozen=True)
+class SignTest:
+    """How many of k comparisons are ahead, tied and behind; p is the exact two-sided binomial over the untied."""
+
+    ahead: int
+    tied: int
+    behind: int
+    p: float
+
+
+def paired_difference(
+    differences: ArrayLike,
+    clusters: Sequence[Any] | NDArray[Any],
+    seeds: Sequence[Any] | NDArray[Any] | None = None,
+    *,
+    level: float = 0.95,
+    span: float = 1.0,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """Mean of the differences (n,), its interval and its p against zero.
+
+    `clusters` (n,) names each pair's family (the item itself where there are no families), `seeds` (n,) its training
+    seed. `span` is the largest possible |difference|. Raises ValueError on no pairs, on values that are not finite, and
+    on lengths that differ.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    if d.ndim != 1 or d.size == 0:
+        raise ValueError("paired_difference needs at least one pair")
+    if not np.isfinite(d).all():
+        raise ValueError("paired_difference got a value that is not finite: drop pairs without a value first")
+    g, n_clusters = _codes(clusters, d.size)
+    s, n_seeds = _codes(seeds if seeds is not None else np.zeros(d.size), d.size)
+    delta = float(d.mean())
+    se, df = _clustered_se(d - delta, g, s, n_clusters, n_seeds)
+    sums = np.bincount(g, weights=d, minlength=n_clusters).astype(np.float64)
+    method: Method
+    if se < 1e-12:
+        method, se, df, p = "bound", 0.0, math.inf, sign_flip_p(sums, seed=seed)
+        low, high = _bound(delta, n_clusters, level, span)
+    elif n_seeds > 1 or n_clusters < FEW:
+        method, p = "t", float(2 * _scipy.t.sf(abs(delta) / se, df))
+        half = float(_scipy.t.ppf(0.5 + level / 2, df)) * se
+        low, high = max(-span, delta - half), min(span, delta + half)
+    else:
+        method, p = "bca", sign_flip_p(sums, seed=seed)
+        counts = np.bincount(g, minlength=n_clusters).astype(np.float64)
+        low, high = _bca(sums, counts, level, resamples, seed)
+    return Difference(d.size, n_clusters, n_seeds, delta, low, high, p, se, df, method)
+
+
+def sign_flip_p(sums: ArrayLike, *, flips: int = FLIPS, seed: int = 0) -> float:
+    """Two-sided p of the total of the cluster sums (G,) under sign flips; exact for equal magnitudes or G <= 13."""
+    x = np.asarray(sums, dtype=np.float64)
+    x = x[np.abs(x) > 1e-12]
+    if x.size == 0:
+        return 1.0
+    if np.allclose(np.abs(x), abs(x[0]), rtol=1e-9):
+        return float(_scipy.binomtest(int((x > 0).sum()), x.size, 0.5).pvalue)
+    result = _scipy.permutation_test(
+        (x,),
+        _total,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=flips,
+        batch=max(1, 4_000_000 // x.size),
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+def mcnemar_p(first: ArrayLike, second: ArrayLike) -> float:
+    """Exact McNemar p for two binary arrays (n,) on the same items."""
+    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if a.shape != b.shape:
+        raise ValueError(f"mcnemar_p needs pairs, got {a.size} and {b.size} values")
+    table = [[int((a & b).sum()), int((a & ~b).sum())], [int((~a & b).sum()), int((~a & ~b).sum())]]
+    if table[0][1] + table[1][0] == 0:
+        return 1.0
+    return float(cast(Any, mcnemar(table, exact=True)).pvalue)
+
+
+def sign_test(deltas: ArrayLike) -> SignTest:
+    """Exact test of "ahead on k of m" over the signs of the deltas (m,); ties are left out of the test and reported."""
+    d = np.asarray(deltas, dtype=np.float64)
+    ahead, behind = int((d > 0).sum()), int((d < 0).sum())
+    p = float(_scipy.binomtest(ahead, ahead + behind, 0.5).pvalue) if ahead + behind else 1.0
+    return SignTest(ahead, int(d.size - ahead - behind), behind, p)
+
+
+def benjamini_hochberg(p: ArrayLike) -> Floats:
+    """q values (false discovery rate) of the p values (m,), in their order."""
+    return _adjust(p, "fdr_bh")
+
+
+def holm(p: ArrayLike) -> Floats:
+    """Holm's adjusted p values (family-wise error) of the p values (m,), in their order."""
+    return _adjust(p, "holm")
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson's interval for a rate. n = 0 gives the whole unit interval around nan's stand-in, 0."""
+    if n == 0:
+        return Interval(0.0, 0.0, 1.0)
+    low, high = cast(tuple[float, float], proportion_confint(successes, n, alpha=1 - level, method="wilson"))
+    return Interval(successes / n, max(0.0, float(low)), min(1.0, float(high)))
+
+
+def equivalence_p(difference: Difference, margin: float, span: float = 1.0) -> float:
+    """TOST: p of "the difference is at least as large as the margin". Small p: equivalent within +-margin.
+
+    Without any variance it is the chance of having met no differing unit although a share margin / span of them differ.
+    """
+    if margin <= 0:
+        raise ValueError(f"equivalence margin must be above 0, got {margin}")
+    if difference.method == "bound":
+        return (1 - min(1.0, margin / span)) ** difference.clusters if abs(difference.delta) < margin else 1.0
+    above = float(_scipy.t.sf((difference.delta + margin) / difference.se, difference.df))
+    below = float(_scipy.t.cdf((difference.delta - margin) / difference.se, difference.df))
+    return max(above, below)
+
+
+def minimum_detectable_effect(sd: float, n: int, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Smallest true mean difference that n pairs with standard deviation sd show with the given power (paired t)."""
+    if n < 2 or sd <= 0:
+        return math.inf if n < 2 else 0.0
+    solve = cast(Any, TTestPower()).solve_power
+    return sd * float(np.ravel(solve(nobs=n, alpha=alpha, power=power, alternative="two-sided"))[0])
+
+
+def verdict(delta: float, q: float, equivalence: float, alpha: float = 0.05) -> Verdict:
+    """One word for a comparison: significant by its adjusted q, else equivalent by TOST, else inconclusive."""
+    if q <= alpha and delta != 0:
+        return "improved" if delta > 0 else "regressed"
+    return "equivalent" if equivalence <= alpha else "inconclusive"
+
+
+def _codes(labels: Sequence[Any] | NDArray[Any], n: int) -> tuple[NDArray[np.intp], int]:
+    values = np.asarray(labels)
+    if values.shape != (n,):
+        raise ValueError(f"paired_difference got {n} differences but labels of shape {values.shape}")
+    unique, codes = np.unique(values, return_inverse=True)
+    return codes.astype(np.intp), int(unique.size)
+
+
+def _total(x: Floats, axis: int = -1) -> Floats:
+    return cast(Floats, x.sum(axis=axis))
+
+
+def _ratio(sums: Floats, counts: Floats, axis: int = -1) -> Floats:
+    return cast(Floats, sums.sum(axis=axis) / counts.sum(axis=axis))
+
+
+def _bca(sums: Floats, counts: Floats, level: float, resamples: int, seed: int) -> tuple[float, float]:
+    """BCa interval of sum(sums) / sum(counts) over clusters."""
+    result = _scipy.bootstrap(
+        (sums, counts),
+        _ratio,
+        paired=True,
+        vectorized=True,
+        confidence_level=level,
+        n_resamples=resamples,
+        batch=max(1, 4_000_000 // sums.size),
+        method="BCa",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return float(low), float(high)
+
+
+def _clustered_se(e: Floats, g: NDArray[np.intp], s: NDArray[np.intp], G: int, S: int) -> tuple[float, float]:
+    """Standard error of the mean and Satterthwaite's degrees of freedom; residuals e (n,), families g, seeds s (n,)."""
+    by_family = _cluster_variance(e, g, G)
+    if S == 1:
+        return math.sqrt(by_family), max(1.0, G - 1.0)
+    by_seed = _cluster_variance(e, s, S)
+    cell, cells = _codes(g * S + s, e.size)
+    variance = max(by_family + by_seed - _cluster_variance(e, cell, cells), by_family, by_seed)
+    if variance <= 0:
+        return 0.0, math.inf
+    df = variance**2 / (by_family**2 / max(1, G - 1) + by_seed**2 / (S - 1))
+    return math.sqrt(variance), max(1.0, df)
+
+
+def _cluster_variance(e: Floats, codes: NDArray[np.intp], k: int) -> float:
+    """Variance of the mean when whole clusters are drawn: k/(k-1) * sum of squared cluster totals / n^2."""
+    totals = np.bincount(codes, weights=e, minlength=k)
+    return 0.0 if k < 2 else float(k / (k - 1) * (totals**2).sum() / e.size**2)
+
+
+def _bound(delta: float, units: int, level: float, span: float) -> tuple[float, float]:
+    """Interval when all units agree: other units are at most a share b (Clopper-Pearson at 0 of n), each up to span."""
+    b = 1 - ((1 - level) / 2) ** (1 / units)
+    return delta - b * (span + delta), delta + b * (span - delta)
+
+
+def _adjust(p: ArrayLike, method: str) -> Floats:
+    values = np.asarray(p, dtype=np.float64)
+    if values.size == 0:
+        return values
+    return np.asarray(cast(Any, multipletests)(values, method=method)[1], dtype=np.float64)
