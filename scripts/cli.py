@@ -1,0 +1,112 @@
+"""The command line: traitdose run | report | plan | doctor.
+
+Everything heavy is imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="traitdose",
+    help="Small doses of reinforcement learning on behavioural traits, measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Argument(help="Experiment file, for example configs/experiments/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the file: key=value, for example train.steps=10.")
+]
+Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")]
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None, out: Out = None) -> None:
+    """Run an experiment, or go on with it: finished stages are skipped."""
+    with _clear_errors(_go_on(config, overrides, out)):
+        from scripts.experiment import load_experiment
+        from scripts.run import run_experiment
+        from scripts.tracking import check_tracker
+
+        experiment = load_experiment(config, overrides or [])
+        check_tracker(experiment)
+        run_experiment(experiment, out or Path("runs") / experiment.name, Console())
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder, for example runs/quickstart.")]) -> None:
+    """Make results.json and report.html again from the stages on disk."""
+    with _clear_errors():
+        if not (run / "config.yaml").is_file():
+            raise ValueError(f"{run}: no run folder (it has no config.yaml); give a folder that `traitdose run` made")
+        from scripts.run import make_report
+
+        make_report(run, Console())
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None, out: Out = None) -> None:
+    """Say what a run would do and cost. Loads no model, opens no connection."""
+    with _clear_errors():
+        from scripts.experiment import load_experiment
+        from scripts.plan import print_plan
+
+        experiment = load_experiment(config, overrides or [])
+        print_plan(experiment, out or Path("runs") / experiment.name, Console())
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and what will be used."""
+    with _clear_errors():
+        from scripts.doctor import print_doctor
+
+        print_doctor(Console())
+
+
+@contextmanager
+def _clear_errors(go_on: str = "") -> Iterator[None]:
+    """One line and exit code 2 for what a user can mend, 130 for Ctrl-C; a defect keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _tell("Stopped. Finished stages are kept." + (f" Go on with: {go_on}" if go_on else ""))
+        raise typer.Exit(130) from None
+    except ValueError as error:
+        _tell(f"error: {' '.join(str(error).split())}")
+        raise typer.Exit(2) from None
+    except OSError as error:
+        from scripts.stages import disk_full_message, is_disk_full
+
+        if is_disk_full(error, Path()):
+            _tell(f"error: {disk_full_message(Path(error.filename or '.'))}")
+            raise typer.Exit(2) from None
+        if error.filename is None:  # a library's OSError, such as a model that the hub does not have: no user's path
+            raise
+        _tell(f"error: {error.filename}: {error.strerror}; check the path and its permissions")
+        raise typer.Exit(2) from None
+
+
+def _go_on(config: Path, overrides: list[str] | None, out: Path | None) -> str:
+    place = [] if out is None else ["--out", str(out)]
+    return shlex.join(["traitdose", "run", str(config), *(overrides or []), *place])
+
+
+def _tell(line: str) -> None:
+    """To standard error, as one line however narrow the terminal is."""
+    Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def main() -> None:
+    """Entry point of the traitdose command."""
+    sys.exit(app())

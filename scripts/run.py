@@ -1,0 +1,343 @@
+"""The experiment as stages: start, reward, then train and eval for every arm and seed, then results and report."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib.metadata
+import json
+import netrc
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from eval.config import SuiteName
+from models.embedded import EMBEDDED
+from rewards.probes import BANK
+from scripts.experiment import CHECKOUT, TRAITS, Experiment, find_file, is_hub_id
+from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, read_manifest, run_stage, write_json, write_text
+from scripts.tracking import tracked
+
+Callback = Callable[[int, int], None]  # (done, total)
+Bars = Callable[[str], Callback]  # a label -> the callback of a fresh bar
+
+ITEM_COLUMNS = (
+    "arm", "seed", "suite", "task", "trait", "domain", "heldout", "family", "item", "kind", "metric", "value",
+    "refused", "tokens", "prompt", "output",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One folder of a run, what it is made from, and the work that makes it."""
+
+    name: str  # path below the run folder
+    work: Callable[[Path, Bars], Mapping[str, Any] | None]
+    inputs: Mapping[str, Any]
+    needs: tuple[str, ...] = field(default=())  # stages that must be whole first
+
+
+def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
+    """The stages of a run in the order in which they are made."""
+    seed = experiment.seeds[0]
+    shared = {"base": fingerprint(experiment.base), "seed": seed, "data": hash_files(BANK, TRAITS)}
+    stages = [
+        Stage(
+            "start",
+            partial(_start, experiment, seed),
+            {
+                **shared,
+                "warm_start": _plain(experiment.warm_start),
+                "domains": list(experiment.reward.domains),
+                "standard": _plain(experiment.standard),
+            },
+        ),
+        Stage("reward", partial(_reward, experiment, seed), {**shared, "reward": _plain(experiment.reward)}),
+        _eval_stage(experiment, run_dir, "base", seed, needs="start"),
+    ]
+    for seed in experiment.seeds:
+        for arm, config in experiment.arms.items():
+            inputs = {
+                "arm": _plain(config),
+                "train": _plain(experiment.train),
+                "standard": _plain(experiment.standard),
+                "reward": _plain(experiment.reward),
+                "data": shared["data"],
+                "seed": seed,
+            }
+            train = Stage(
+                f"arms/{arm}/seed-{seed}/train",
+                partial(_train, experiment, run_dir, arm, seed),
+                inputs,
+                ("start", "reward"),
+            )
+            stages += [train, _eval_stage(experiment, run_dir, arm, seed, needs=train.name)]
+    return stages
+
+
+def whole_stages(stages: list[Stage], run_dir: Path) -> set[str]:
+    """Names of the stages that a run would skip: whole, from the same inputs, and so is all that they need."""
+    whole: set[str] = set()
+    for stage in stages:
+        if whole.issuperset(stage.needs) and is_whole(run_dir / stage.name, _inputs(stage, run_dir)):
+            whole.add(stage.name)
+    return whole
+
+
+def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> dict[str, Any]:
+    """Run or continue the experiment; returns its results.
+
+    Raises ValueError for a folder in use, a full disk, or data and models that are not there. Whatever else goes wrong
+    in a stage is written to <run_dir>/error.log and passes through.
+    """
+    with lock_run(run_dir):
+        set_environment(experiment, run_dir)
+        stages = list_stages(experiment, run_dir)
+        print_header(experiment, run_dir, stages, console)
+        resolved = yaml.safe_dump(_plain(experiment), sort_keys=False, allow_unicode=True, width=120)
+        write_text(run_dir / "config.yaml", resolved)
+        try:
+            for stage in stages:
+                _make(stage, run_dir, console)
+            return make_report(run_dir, console)
+        except Exception:
+            (run_dir / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+            raise
+
+
+def make_report(run_dir: Path, console: Console) -> dict[str, Any]:
+    """Write results.json and report.html from the stages on disk, print the summary and the two paths."""
+    from eval.report import summary_table, write_report
+    from eval.results import write_results
+
+    with console.status("results and report"):
+        results_path = write_results(run_dir)
+        report_path = write_report(run_dir)
+    results = json.loads(results_path.read_text(encoding="utf-8"))
+    console.print(summary_table(results))
+    console.print(f"results  {results_path}\nreport   {report_path}", soft_wrap=True, highlight=False)
+    return results
+
+
+def set_environment(experiment: Experiment, run_dir: Path) -> None:
+    """Settings that libraries read while they are imported: no network without need, no questions, a clean terminal."""
+    if not is_hub_id(experiment.base):
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "LMEVAL_LOG_LEVEL": "ERROR",
+        "TQDM_DISABLE": "1",
+        "WANDB_DIR": str(run_dir.resolve()),
+        "WANDB_SILENT": "true",
+        "WANDB_CONSOLE": "off",
+        "WANDB_ERROR_REPORTING": "false",
+    }
+    for key, value in quiet.items():
+        os.environ.setdefault(key, value)
+    os.environ["WANDB_MODE"] = tracking_mode(experiment)
+    os.environ["WANDB_PROJECT"] = experiment.tracking.project
+    warnings.filterwarnings("ignore")
+
+
+def tracking_mode(experiment: Experiment) -> str:
+    """online, offline or disabled. Raises ValueError where online is asked for and there is no key."""
+    tracking = experiment.tracking
+    if tracking.backend != "wandb":
+        return "disabled"
+    if tracking.mode == "online" and not has_wandb_key():
+        raise ValueError("tracking.mode = 'online': there is no wandb key; set WANDB_API_KEY, or use auto or offline")
+    return tracking.mode if tracking.mode != "auto" else "online" if has_wandb_key() else "offline"
+
+
+def has_wandb_key() -> bool:
+    """Whether wandb would find a key, in the environment or in the user's netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def fingerprint(base: str) -> dict[str, Any]:
+    """What a base is, without reading gigabytes: the package version, or names, sizes and times of a folder's files."""
+    if base in EMBEDDED:
+        return {"name": base, "version": importlib.metadata.version(EMBEDDED[base][1])}
+    if is_hub_id(base):
+        return {"name": base}
+    files = sorted(p for p in Path(base).expanduser().iterdir() if p.is_file())
+    return {"files": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}}
+
+
+def print_header(experiment: Experiment, run_dir: Path, stages: list[Stage], console: Console) -> None:
+    """What will be done, where, and what is done already."""
+    whole = whole_stages(stages, run_dir)
+    suites = [f"{name} ({suite.limit or 'all'} items a task)" for name, suite in experiment.eval.suites.items()]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    grid.add_row("experiment", f"[bold]{experiment.name}[/]")
+    grid.add_row("base", experiment.base)
+    grid.add_row("arms", ", ".join(f"{name} (dose {arm.dose:g})" for name, arm in experiment.arms.items()))
+    grid.add_row("seeds", ", ".join(map(str, experiment.seeds)))
+    grid.add_row("eval", ", ".join(suites))
+    grid.add_row("folder", str(run_dir))
+    grid.add_row("stages", f"{len(stages)}, of which {len(whole)} are whole already")
+    console.print(grid)
+    console.print()
+
+
+def _make(stage: Stage, run_dir: Path, console: Console) -> None:
+    folder = run_dir / stage.name
+    with _bars(stage.name, console) as bars:
+        manifest = run_stage(folder, _inputs(stage, run_dir), lambda out: stage.work(out, bars), name=stage.name)
+    gc.collect()
+    took = "already whole" if manifest.skipped else _duration(manifest.wall_seconds)
+    console.print(f"[green]✓[/] {stage.name:<32} [dim]{took}[/]", highlight=False)
+    if stage.name == "reward":
+        _print_accuracy(folder / "accuracy.json", console)
+
+
+def _print_accuracy(path: Path, console: Console) -> None:
+    accuracy = json.loads(path.read_text(encoding="utf-8"))
+    numbers = [f"{key.replace('_', ' ')} {value:.2f}" for key, value in accuracy.items() if isinstance(value, float)]
+    console.print(f"  reward model on held-out families: {', '.join(numbers)}", highlight=False, style="dim")
+
+
+@contextmanager
+def _bars(name: str, console: Console) -> Iterator[Bars]:
+    """Progress with the time left: a bar on a terminal, a line a minute elsewhere."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=None)
+
+        def bars(label: str) -> Callback:
+            progress.reset(task, total=None, description=f"{name} {label}".strip())
+            told = time.monotonic()
+
+            def report(done: int, total: int) -> None:
+                nonlocal told
+                progress.update(task, completed=done, total=total)
+                if not console.is_terminal and time.monotonic() - told > 60:
+                    told = time.monotonic()
+                    console.print(f"  {name} {label}: {done} of {total}", highlight=False)
+
+            return report
+
+        yield bars
+
+
+def _inputs(stage: Stage, run_dir: Path) -> dict[str, Any]:
+    """The stage's inputs with the manifests of the stages that it needs ("absent" while there is none)."""
+    manifests = {need: run_dir / need / MANIFEST for need in stage.needs}
+    needs = {n: hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "absent" for n, p in manifests.items()}
+    return {**stage.inputs, "needs": needs}
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    return section.model_dump(mode="json")
+
+
+def _start(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
+    from train.warm_start import warm_start
+
+    domains, tasks = experiment.reward.domains, experiment.standard.tasks
+    warm_start(experiment.warm_start, experiment.base, domains, tasks, out, seed, bars(""))
+
+
+def _reward(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
+    from rewards.reward_model import fit_reward_model
+
+    write_json(out / "accuracy.json", fit_reward_model(experiment.reward, experiment.base, out, seed, bars("")))
+
+
+def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path, bars: Bars) -> Mapping[str, Any]:
+    from train.policy import train_policy
+
+    config = experiment.arms[arm]
+    with tracked(experiment, arm, seed, out):
+        return train_policy(
+            experiment.train,
+            experiment.standard,
+            config,
+            experiment.reward,
+            run_dir / "start" / "model",
+            run_dir / "reward",
+            out,
+            seed,
+            bars(""),
+        )
+
+
+def _eval_stage(experiment: Experiment, run_dir: Path, arm: str, seed: int, needs: str) -> Stage:
+    files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
+    data = hash_files(*files, BANK, CHECKOUT / "eval" / "items")
+    inputs = {"eval": _plain(experiment.eval), "data": data, "seed": seed}
+    return Stage(f"arms/{arm}/seed-{seed}/eval", partial(_eval, experiment, run_dir, arm, seed), inputs, (needs,))
+
+
+def _eval(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path, bars: Bars) -> None:
+    """Write items.parquet. Each suite is kept as it is finished, so that an interrupted evaluation goes on after it."""
+    import pandas as pd
+    import torch
+
+    from eval.capability import evaluate_capability
+    from eval.generalisation import evaluate_generalisation
+    from models.loading import load_model, load_tokenizer
+
+    todo: dict[SuiteName, Path] = {name: out / f"{name}.parquet" for name in experiment.eval.suites}
+    if not all(path.exists() for path in todo.values()):
+        start = str(run_dir / "start" / "model")
+        adapter = None if arm == "base" else str(run_dir / "arms" / arm / f"seed-{seed}" / "train" / "adapter")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer = load_model(start, adapter, device=device), load_tokenizer(start)
+        for name, path in todo.items():
+            suite, bar = experiment.eval.suites[name], bars(name)
+            if path.exists():
+                continue
+            if name == "capability":
+                items = evaluate_capability(model, tokenizer, find_file(suite.file), suite.limit, bar)
+            else:
+                wording = experiment.eval.seed
+                items = evaluate_generalisation(model, tokenizer, find_file(suite.file), suite.limit, wording, bar)
+            items.to_parquet(path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+    frames = [pd.read_parquet(path).assign(arm=arm, seed=seed) for path in todo.values()]
+    pd.concat(frames, ignore_index=True)[list(ITEM_COLUMNS)].to_parquet(out / "items.parquet")
+    for path in todo.values():
+        path.unlink()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def past_seconds(run_dir: Path, stages: list[Stage]) -> float:
+    """Seconds that the whole stages of a run took."""
+    manifests = (read_manifest(run_dir / stage.name) for stage in stages)
+    return sum(manifest.wall_seconds for manifest in manifests if manifest is not None)
