@@ -407,7 +407,7 @@ def _ledger(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[st
 
 
 def _claims(results: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, Any]]:
-    """Sentences with their numbers, and whether they hold. Nothing here is judged by anything but the numbers."""
+    """Sentences with their numbers, and whether they hold; null where a sentence only counts."""
     pooled = {(row["name"], row["arm"]): row for row in results["aggregates"]}
     claims: list[dict[str, Any]] = []
     for arm in arms:
@@ -437,7 +437,7 @@ def _claims(results: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, A
                 f"and {lost} losses are significant, {suite['equivalent']} are equivalent within "
                 f"{100 * MARGIN:.0f} points, {suite['inconclusive']} are inconclusive."
             )
-            claims.append({"id": "capability", "arm": arm, "holds": lost == 0, "text": text})
+            claims.append({"id": "capability", "arm": arm, "holds": None, "text": text})
         spent = results["ledger"][arm]
         off = ", ".join(f"{key} {100 * spent['relative_to_control'][key]:+.1f}%" for key in spent["off_budget"])
         text = f"{arm} is off control's budget: {off}." if off else f"{arm} spent what control spent, within 1%."
