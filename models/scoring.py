@@ -1,0 +1,120 @@
+"""Score continuations for lm-eval with the prompt-sharing forward: the choices of a question share one pass over it.
+
+lm-eval's own HFLM runs every (context, continuation) pair through the model, padded to the longest of its batch. Here the pairs that
+share a context become one tree, many trees are packed into one sequence, nothing is padded, and only continuation positions reach
+the LM head (models/shared_prompt.py). Tokens are HFLM's: context and continuation are encoded together and split where the context
+ends, spaces at the end of a context move to the continuation, and too long contexts lose tokens on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from models.shared_prompt import Tree, branch_logps
+
+Request = tuple[tuple[str, str], list[int], list[int]]  # ((context, continuation), context ids, continuation ids)
+TREES_PER_CALL = 16  # how often progress is told
+
+
+class SharedContextLM(TemplateLM):
+    """An lm-eval LM over a model in memory. It scores continuations (`loglikelihood`); it does not generate.
+
+    max_context: most tokens of a context that are kept, from the right. progress is called with (pairs done, pairs in all).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_context: int = 1024,
+        token_budget: int = 1024,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer: Any = tokenizer
+        self.max_context = max_context
+        self.token_budget = token_budget
+        self.progress = progress
+
+    @property
+    def eot_token_id(self) -> int:
+        """End of text, as in HFLM."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is replaced by, as in HFLM: the beginning-of-sequence token, else end of text."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
+        """Token ids; the tokenizer's own special tokens unless told otherwise or already in the text."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """(summed log-probability, is greedy) of every (context, continuation); progress goes to the callback alone."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: list[Request], **kwargs: object) -> list[tuple[float, bool]]:
+        """Group pairs by their context ids and score each group as one tree.
+
+        Where a choice merges with the end of its context into other tokens, its context ids differ and it gets a tree of its own.
+        The greedy flag is exact for a context with one continuation (lm-eval's `loglikelihood` tasks read it) and False for the
+        choices of a question, where acc and acc_norm ignore it.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (_, context, _) in enumerate(requests):
+            groups.setdefault(tuple(context[-self.max_context :]), []).append(i)
+        trees = [Tree(list(context), [requests[i][2] for i in members]) for context, members in groups.items()]
+        members = list(groups.values())
+        order = sorted(range(len(trees)), key=lambda t: len(trees[t]))
+
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        done = 0
+        for start in range(0, len(order), TREES_PER_CALL):
+            chunk = order[start : start + TREES_PER_CALL]
+            scored = branch_logps(self.model, [trees[t] for t in chunk], self.token_budget)
+            for t, logps in zip(chunk, scored, strict=True):
+                alone = len(members[t]) == 1
+                for i, branch, logp_N in zip(members[t], trees[t].branches, logps, strict=True):
+                    greedy = alone and self._is_greedy(trees[t].prompt, branch, logp_N.min().item())
+                    results[i] = (logp_N.double().sum().item(), greedy)
+                done += len(members[t])
+            if self.progress is not None:
+                self.progress(done, len(requests))
+        return results
+
+    def _is_greedy(self, context: list[int], continuation: list[int], lowest_logp: float) -> bool:
+        """Whether greedy decoding would give this continuation; a pass is needed only if the probabilities leave it open."""
+        probability = torch.tensor(lowest_logp).exp().item()
+        if probability > 0.5:
+            return True
+        if probability * self.model.config.vocab_size < 1.0:  # below the mean, so some other token is likelier
+            return False
+        with torch.inference_mode():
+            ids = torch.tensor([context + continuation[:-1]], device=self.device)
+            logits_NV = self.model(ids, logits_to_keep=len(continuation)).logits[0]
+        return logits_NV.argmax(-1).tolist() == continuation
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Not offered."""
+        raise ValueError("the shared-context scorer has no perplexity tasks; use lm-eval's own `--model hf` for them")
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Not offered."""
+        raise ValueError("the shared-context scorer does not generate; use lm-eval's own `--model hf` for such tasks")
