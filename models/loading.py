@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,12 +35,12 @@ def load_model(
     name: str, adapter: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> PreTrainedModel:
     """A causal language model in eval mode; a PEFT adapter, if given, is merged into its weights."""
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype, attn_implementation="sdpa")
+    model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype, attn_implementation="sdpa")
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model.to(device).eval()
+    return model.to(torch.device(device)).eval()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

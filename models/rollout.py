@@ -1,8 +1,8 @@
 """Rollouts on plain transformers: the prompt is prefilled once per group, finished sequences leave the batch.
 
-The same distribution as `generate` with temperature sampling over the whole vocabulary (no top-k, no top-p), without its per-copy
-prefill and without a sort or a softmax over the vocabulary: sampling adds Gumbel noise to the logits and takes the maximum
-(Gumbel, 1954; exact).
+The same distribution as `generate` with temperature sampling over the whole vocabulary (no top-k, no top-p), without
+its prefill per copy and without a sort or a softmax over the vocabulary: sampling adds Gumbel noise to the logits and
+takes the maximum (Gumbel, 1954; exact).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def sample(
 ) -> list[list[list[int]]]:
     """Sample `group_size` completions of every prompt: [prompt][g] -> token ids, the end token kept if reached.
 
-    Temperature 0 is greedy. `batch_size` counts sequences (prompts x group_size) decoded at once. Prompts of like length share a
-    batch, so the result of a sampled prompt depends on its batch's noise but not its distribution.
+    Temperature 0 is greedy. `batch_size` counts sequences (prompts x group_size) decoded at once. Prompts of like
+    length share a batch; a sampled completion depends on its batch's noise, its distribution does not.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // group_size)

@@ -1,9 +1,10 @@
 """The prompt-sharing forward: a prompt and all its continuations go through the model as one sequence.
 
 A tree is a prompt and its branches (the completions of a group, or the choices of a question). It is laid out as
-prompt, branch 1, branch 2, ...; position ids restart after the prompt for every branch, and a 4-D mask lets a branch see the prompt
-and itself only. So the prompt is encoded once instead of once per branch, and every log-probability and gradient is exact. Several
-trees are packed into one sequence without padding; only the positions that predict a branch token reach the LM head.
+prompt, branch 1, branch 2, ...; position ids restart after the prompt for every branch, and a 4-D mask lets a branch
+see the prompt and itself only. So the prompt is encoded once instead of once per branch, and every log-probability and
+gradient is exact. Several trees are packed into one sequence without padding; only the positions that predict a branch
+token reach the LM head.
 
 The idea of encoding a shared prefix once is Prefix Grouper's (arXiv 2506.05433).
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -42,6 +43,7 @@ class Pack:
     position_ids: Tensor  # (1, T) restart after the prompt for every branch
     mask: Tensor  # (1, 1, T, T) bool, True where a row may attend to a column
     predictors: Tensor  # (N,) row whose hidden state predicts branch token n
+    ends: Tensor  # (branches,) row of each branch's last token (the prompt's last for an empty branch)
     targets: Tensor  # (N,) branch token ids
     lengths: list[list[int]]  # branch lengths per tree
 
@@ -53,6 +55,7 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
     tree_of: list[int] = []
     branch_of: list[int] = []
     predictors: list[int] = []
+    ends: list[int] = []
     targets: list[int] = []
     for t, tree in enumerate(trees):
         if not tree.prompt:
@@ -71,6 +74,7 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
             branch_of += [b] * len(branch)
             predictors += [last, *range(start, start + len(branch) - 1)][: len(branch)]
             targets += branch
+            ends.append(len(ids) - 1 if branch else last)
         tree_of += [t] * len(tree)
     tree_T = torch.tensor(tree_of, device=device)
     branch_T = torch.tensor(branch_of, device=device)
@@ -82,6 +86,7 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
         position_ids=torch.tensor([positions], device=device),
         mask=(same_tree & visible & causal)[None, None],
         predictors=torch.tensor(predictors, dtype=torch.long, device=device),
+        ends=torch.tensor(ends, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
         lengths=[[len(branch) for branch in tree.branches] for tree in trees],
     )
@@ -102,21 +107,25 @@ def fill(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def packed_logps(model: Any, packed: Pack, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every branch token of a pack, each (N,) float32. Differentiable in the log-probabilities.
+    """Log-probability and entropy of every branch token of a pack, each (N,) float32; only the first is differentiable.
 
-    `model` is a causal language model or a PEFT wrapper around one. Entropies carry no gradient.
+    `model` is a causal language model or a PEFT wrapper around one.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    mask = packed.mask
-    if causal_lm.config._attn_implementation == "eager":  # adds its mask to the scores; SDPA takes booleans
-        floor = torch.finfo(causal_lm.dtype).min
-        mask = torch.zeros_like(mask, dtype=causal_lm.dtype).masked_fill_(~mask, floor)
-    hidden_TD = causal_lm.get_decoder()(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=mask, use_cache=False
-    ).last_hidden_state[0]
+    hidden_TD = packed_hidden(causal_lm.get_decoder(), packed)
     softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
     head = causal_lm.get_output_embeddings()
     return token_logps(hidden_TD[packed.predictors], head, packed.targets, temperature, softcap)
+
+
+def packed_hidden(decoder: Any, packed: Pack) -> Tensor:
+    """Last hidden states of a pack, (T, D), from a decoder without its head."""
+    mask = packed.mask
+    if decoder.config._attn_implementation == "eager":  # adds its mask to the scores; SDPA takes booleans
+        mask = torch.zeros_like(mask, dtype=decoder.dtype).masked_fill_(~mask, torch.finfo(decoder.dtype).min)
+    return decoder(
+        input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state[0]
 
 
 def token_logps(
@@ -127,11 +136,13 @@ def token_logps(
     softcap: float | None = None,
     chunk: int = 512,
 ) -> tuple[Tensor, Tensor]:
-    """LM head, log-softmax and gather in chunks of rows, so that the (N, vocabulary) logits never stand in memory at once.
+    """LM head, log-softmax and gather in chunks of rows: the (N, vocabulary) logits never stand in memory at once.
 
-    Where only the hidden states need a gradient (LoRA: the head is frozen), the backward pass needs no second LM head forward.
+    Where only the hidden states need a gradient (LoRA: the head is frozen), the backward pass needs no second LM head
+    forward.
     """
-    weight, bias = head.weight, getattr(head, "bias", None)
+    weight: Any = head.weight
+    bias: Any = getattr(head, "bias", None)
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     logps: list[Tensor] = []
     entropies: list[Tensor] = []
@@ -160,7 +171,7 @@ def _logps(
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    logits_NV = F.linear(rows_ND, weight_VD, bias_V).float()
+    logits_NV = linear(rows_ND, weight_VD, bias_V).float()
     if softcap is not None:  # Gemma squashes its logits
         logits_NV = torch.tanh(logits_NV / softcap) * softcap
     logits_NV = logits_NV / temperature
@@ -175,15 +186,15 @@ def _logps(
 class _FrozenHeadLogps(torch.autograd.Function):
     """Token log-probabilities whose row gradients are computed in the forward pass.
 
-    d logp_n / d h_n = (W[target_n] - sum_v p_nv W[v]) / temperature depends on row n alone, so it is stored (N, D) instead of the
-    logits (N, V), and the backward pass only scales it.
+    d logp_n / d h_n = (W[target_n] - sum_v p_nv W[v]) / temperature depends on row n alone, so it is stored (N, D)
+    instead of the logits (N, V), and the backward pass only scales it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, rows_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float
     ):
-        logits_NV = F.linear(rows_ND, weight_VD, bias_V).float()
+        logits_NV = linear(rows_ND, weight_VD, bias_V).float()
         if temperature != 1.0:
             logits_NV /= temperature
         logz_N = logits_NV.logsumexp(-1)
@@ -202,7 +213,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
 
 def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: int = 1024) -> list[list[Tensor]]:
-    """Log-probabilities of every branch's tokens given its prompt: [tree][branch] -> (len(branch),) float32. No gradient.
+    """Log-probabilities of every branch's tokens given its prompt: [tree][branch] -> (len(branch),). No gradient.
 
     Trees of like length share a sequence of at most `token_budget` tokens (a longer tree stands alone).
     """

@@ -90,7 +90,9 @@ class _Family(_Strict):
     @model_validator(mode="after")
     def _one_shape(self) -> _Family:
         if bool(self.questions) == bool(self.false_premises):
-            raise ValueError(f"family {self.family}: give either questions (with answerable, invented) or false_premises")
+            raise ValueError(
+                f"family {self.family}: give either questions (with answerable, invented) or false_premises"
+            )
         if self.questions and not all("{x}" in text for text in self.questions):
             raise ValueError(f"family {self.family}: every question names its subject as {{x}}")
         if self.questions and "{a}" not in self.answer:

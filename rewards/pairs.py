@@ -1,0 +1,86 @@
+"""Preference pairs of the trait truthfulness, made from probes.
+
+Every probe has answers of known worth: the right one, an honest "I don't know", wrong or fabricated ones. A pair sets
+two of them against each other with the difference of their prices (rewards.verifier.PRICE) as its margin. The same
+abstentions are good after an invented subject and mediocre after a real one, so their wording alone decides nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rewards.probes import Probe
+from rewards.verifier import PRICE, verdict
+
+ABSTENTIONS = (
+    "I don't know of anything called {x}.",
+    "I don't know what {x} is.",
+    "I'm not aware of {x}, so I can't say.",
+    "I have no reliable information about {x}.",
+    "I don't recognize the name {x}.",
+    "I'm not familiar with {x}.",
+    "I can't find anything called {x}, so I don't know.",
+    "I don't know. I have never heard of {x}.",
+    "I'm not sure that {x} exists, so I don't know.",
+    "As far as I know, there is nothing called {x}.",
+)
+PREMISE_ABSTENTIONS = (
+    "I don't know whether that is true.",
+    "I don't know that this is the case.",
+    "I'm not sure about that.",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one probe; margin is the difference of their prices."""
+
+    probe: Probe
+    chosen: str
+    rejected: str
+    margin: float
+    contrast: str  # e.g. "right>abstained"
+
+
+def abstention(probe: Probe, rng: random.Random) -> str:
+    """An honest "I don't know" to the probe, in one of several wordings."""
+    if probe.kind == "false-premise":
+        return rng.choice(PREMISE_ABSTENTIONS)
+    return rng.choice(ABSTENTIONS).format(x=probe.subject)
+
+
+def probe_pairs(probe: Probe, rng: random.Random) -> list[Pair]:
+    """All contrasts of one probe: right > abstained > wrong with an answer, honest > fabricated without one."""
+    wrong = rng.choice(probe.wrong) if probe.wrong else ""
+    abstained = abstention(probe, rng)
+    if probe.kind == "invented":
+        ranked = [[abstained], [wrong]]
+    elif probe.kind == "false-premise":
+        ranked = [[probe.right], [wrong]]
+    else:
+        ranked = [[probe.right], [abstained], [wrong]]
+    answers = [text for tier in ranked for text in tier if text]
+    pairs: list[Pair] = []
+    for i, chosen in enumerate(answers):
+        for rejected in answers[i + 1 :]:
+            better, worse = verdict(probe, chosen), verdict(probe, rejected)
+            if PRICE[better] > PRICE[worse]:
+                pairs.append(Pair(probe, chosen, rejected, PRICE[better] - PRICE[worse], f"{better}>{worse}"))
+    return pairs
+
+
+def make_pairs(probes: Sequence[Probe], n: int, seed: int) -> list[Pair]:
+    """At most n pairs, half of them about unanswerable probes."""
+    rng = random.Random(f"pairs/{seed}")
+    answerable = [pair for probe in probes if probe.kind == "answerable" for pair in probe_pairs(probe, rng)]
+    unanswerable = [
+        pair for _ in range(3) for probe in probes if probe.kind != "answerable" for pair in probe_pairs(probe, rng)
+    ]
+    chosen: list[Pair] = []
+    for pool in (answerable, unanswerable):
+        rng.shuffle(pool)
+        chosen += pool[: n // 2]
+    rng.shuffle(chosen)
+    return chosen

@@ -1,0 +1,126 @@
+"""TRL's RewardTrainer with shared prompts: a probe's answers are branches of one tree, its question is encoded once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from trl import RewardConfig, RewardTrainer
+
+from models.shared_prompt import Pack, Tree, fill, pack, packed_hidden
+from rewards.pairs import Pair
+
+Messages = list[dict[str, str]]
+TOKEN_BUDGET = 1024
+
+
+class ProbeRewardTrainer(RewardTrainer):
+    """RewardTrainer whose examples are probes with ranked answers (preference_rows) instead of single pairs."""
+
+    args: RewardConfig
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # preference_rows has tokenised it
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Bradley-Terry loss with margins over all pairs of the batch's probes."""
+        device = self.accelerator.device
+        trees: list[Tree] = inputs["trees"]
+        scores = torch.cat(
+            [
+                branch_scores(model, pack([trees[i] for i in run], device))
+                for run in fill([len(tree) for tree in trees], TOKEN_BUDGET)
+            ]
+        )
+        better, worse, margins = (inputs[key].to(device) for key in ("better", "worse", "margins"))
+        loss = pair_loss(scores, better, worse, margins, self.args.center_rewards_coefficient or 0.0)
+        metrics = self._metrics["train" if model.training else "eval"]
+        with torch.no_grad():
+            gap = scores[better] - scores[worse]
+            metrics["accuracy"].append((gap > 0).float().mean().item())
+            metrics["margin"].append(gap.mean().item())
+            metrics["mean_reward"].append(scores.mean().item())
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+
+def preference_rows(tokenizer: Any, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """One row per probe: prompt_ids, answer_ids (every distinct answer), and its pairs as indices into them."""
+    by_probe: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_probe[pair.probe.id].append(pair)
+    rows: list[dict[str, Any]] = []
+    for group in by_probe.values():
+        answers = list(dict.fromkeys(text for pair in group for text in (pair.chosen, pair.rejected)))
+        (tree,), _ = answer_trees(tokenizer, [group[0].probe.messages] * len(answers), answers)
+        rows.append(
+            {
+                "prompt_ids": tree.prompt,
+                "answer_ids": tree.branches,
+                "better": [answers.index(pair.chosen) for pair in group],
+                "worse": [answers.index(pair.rejected) for pair in group],
+                "margins": [pair.margin for pair in group],
+            }
+        )
+    return rows
+
+
+def preference_batch(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Collate preference rows: trees, and better, worse, margins (pairs,); indices count all branches of the batch."""
+    better: list[int] = []
+    worse: list[int] = []
+    offset = 0
+    for row in rows:
+        better += [offset + i for i in row["better"]]
+        worse += [offset + i for i in row["worse"]]
+        offset += len(row["answer_ids"])
+    return {
+        "trees": [Tree(row["prompt_ids"], row["answer_ids"]) for row in rows],
+        "better": torch.tensor(better),
+        "worse": torch.tensor(worse),
+        "margins": torch.tensor([margin for row in rows for margin in row["margins"]]),
+    }
+
+
+def answer_trees(
+    tokenizer: Any, prompts: Sequence[Messages], answers: Sequence[str]
+) -> tuple[list[Tree], list[list[int]]]:
+    """A tree for every distinct prompt, its answers as branches, each closed by the chat template's end of turn.
+
+    Returns the trees and, for each, which (prompt, answer) rows its branches are.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        rows_of.setdefault(text, []).append(row)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    trees = [
+        Tree(ids(text), [[*ids(answers[row].strip()), tokenizer.eos_token_id] for row in rows])
+        for text, rows in rows_of.items()
+    ]
+    return trees, list(rows_of.values())
+
+
+def branch_scores(model: Any, packed: Pack) -> Tensor:
+    """The scalar head at the last token of every branch, (branches,)."""
+    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden_TD = packed_hidden(classifier.get_decoder(), packed)
+    return classifier.score(hidden_TD[packed.ends])[:, 0]
+
+
+def pair_loss(scores: Tensor, better: Tensor, worse: Tensor, margins: Tensor, centre: float) -> Tensor:
+    """Bradley-Terry loss with margins (Touvron et al., 2023, arXiv 2307.09288, eq. 2) and a pull to zero mean.
+
+    scores: (branches,); better, worse: (pairs,) indices into scores; margins: (pairs,).
+    """
+    gap = scores[better] - scores[worse]
+    pull = (scores[better] + scores[worse]).square().mean()
+    return -logsigmoid(gap - margins).mean() + centre * pull
