@@ -1,0 +1,237 @@
+"""The report's plots as Vega-Lite specifications.
+
+Colours of text and grid are left to the page, which knows light from dark. Colour and shape of a mark say the same, and
+the colours are safe for colour-blind readers. Differences are in points (hundredths). Every mark carries its task, so
+that the page can open the items behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair
+
+alt: Any = altair  # its generated signatures are narrower than what it takes
+
+ARM_COLOURS = ("#2f7fc1", "#e08a1e", "#1b9e8a", "#9a6dc8", "#c95d8b", "#7d8a2e")
+QUIET = "#8b929b"  # base, control, reference lines: readable on white and on near-black
+VERDICTS = {
+    "improved": ("#2f7fc1", "triangle-up"),
+    "regressed": ("#d9632a", "triangle-down"),
+    "equivalent": ("#1b9e8a", "square"),
+    "inconclusive": (QUIET, "circle"),
+}
+Rows = Sequence[Mapping[str, Any]]
+
+
+def arm_colours(results: Mapping[str, Any]) -> dict[str, str]:
+    """Base and control are grey, dose arms take the colours in their order."""
+    doses = [arm["name"] for arm in results["arms"] if arm["role"] == "dose"]
+    return {"base": QUIET, "control": QUIET} | {arm: ARM_COLOURS[k % len(ARM_COLOURS)] for k, arm in enumerate(doses)}
+
+
+def build_charts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every plot of the report by the name under which the page asks for it."""
+    colours = arm_colours(results)
+    doses = [arm["name"] for arm in results["arms"] if arm["role"] == "dose"]
+    charts: dict[str, Any] = {}
+    pooled = [row for row in results["aggregates"] if row["name"] != "over-refusal-answerable"]
+    probes = [row for row in results["generalisation"] if row["metric"] == "truthful"]
+    others = [row for row in results["generalisation"] if row["metric"] != "truthful"]
+    if probes:
+        marked = [{**row, "label": _domain_label(row)} for row in probes]
+        marked += [
+            {**row, "label": "ALL NEVER TRAINED", "task": ""}
+            for row in pooled
+            if row["name"] == "truthfulness-heldout-domains"
+        ]
+        order = sorted({row["label"] for row in marked}, key=lambda x: (not x.endswith("(trained)"), x.isupper(), x))
+        charts["domains"] = _intervals(marked, order, doses, colours, "difference to control, points")
+    if others:
+        marked = [{**row, "label": row["task"]} for row in others]
+        charts["others"] = _intervals(
+            marked, list(dict.fromkeys(r["label"] for r in marked)), doses, colours, "difference to control, points"
+        )
+    refusal = [row for row in results["aggregates"] if row["name"] == "over-refusal-answerable"]
+    if refusal:
+        marked = [{**row, "label": row["arm"], "task": ""} for row in refusal]
+        charts["refusal"] = _intervals(marked, doses, doses, colours, "change in refused share, points", bar=15.0)
+    if results["honesty"]:
+        charts["honesty"] = _honesty(results["honesty"], colours)
+    for arm, suite in results["capability"].items():
+        charts[f"forest:{arm}"] = _forest(suite["tasks"])
+    for line in results["rewards"]:
+        charts.setdefault(
+            f"curve:{line['arm']}:{line['source']}", _curve(results["rewards"], line["arm"], line["source"])
+        )
+    return {name: chart.to_dict() for name, chart in charts.items()}
+
+
+def _domain_label(row: Mapping[str, Any]) -> str:
+    return f"{row['domain']} (trained)" if row["trained_domain"] else str(row["domain"])
+
+
+def _in_points(rows: Rows) -> list[dict[str, Any]]:
+    """The columns a plot needs, differences in points, and a sentence for the tooltip."""
+    kept = ("label", "task", "arm", "n", "q", "verdict", "base", "control", "value")
+    return [
+        {key: row[key] for key in kept}
+        | {key: 100 * row[key] for key in ("delta", "ci_low", "ci_high")}
+        | {"interval": f"{100 * row['delta']:+.1f}  [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]"}
+        for row in rows
+    ]
+
+
+def _tooltip() -> list[Any]:
+    return [
+        alt.Tooltip("label:N", title="what"),
+        alt.Tooltip("arm:N"),
+        alt.Tooltip("interval:N", title="difference [95%]"),
+        alt.Tooltip("control:Q", format=".3f"),
+        alt.Tooltip("value:Q", title="this arm", format=".3f"),
+        alt.Tooltip("base:Q", format=".3f"),
+        alt.Tooltip("n:Q"),
+        alt.Tooltip("q:Q", format=".3g"),
+        alt.Tooltip("verdict:N"),
+    ]
+
+
+def _line(at: float, dash: bool) -> Any:
+    mark = {"strokeDash": [4, 3]} if dash else {}
+    return alt.Chart(alt.Data(values=[{"x": at}])).mark_rule(color=QUIET, **mark).encode(x="x:Q")
+
+
+def _intervals(
+    rows: Rows,
+    order: Sequence[str],
+    arms: Sequence[str],
+    colours: Mapping[str, str],
+    title: str,
+    bar: float | None = None,
+) -> Any:
+    """Dot and 95% interval per label and arm; zero, and a bar where one was set, as reference lines."""
+    step = 15 if len(arms) > 1 and len(order) > len(arms) else 24
+    base = alt.Chart(alt.Data(values=_in_points(rows))).encode(
+        y=alt.Y("label:N", sort=list(order), title=None, axis=alt.Axis(labelLimit=190, ticks=False, domain=False)),
+        color=alt.Color(
+            "arm:N",
+            scale=alt.Scale(domain=list(arms), range=[colours[arm] for arm in arms]),
+            legend=alt.Legend(orient="top", title=None) if list(order) != list(arms) else None,
+        ),
+        tooltip=_tooltip(),
+    )
+    if list(order) != list(arms):
+        base = base.encode(yOffset=alt.YOffset("arm:N", sort=list(arms)))
+    rule = base.mark_rule(strokeWidth=2.5, opacity=0.55).encode(x=alt.X("ci_low:Q", title=title), x2="ci_high:Q")
+    dot = base.mark_point(filled=True, size=75, opacity=1, cursor="pointer").encode(x="delta:Q")
+    layers = [_line(0, dash=False), rule, dot]
+    if bar is not None:
+        layers.append(_line(bar, dash=True))
+    per_label = step * len(arms) + 8 if list(order) != list(arms) else step
+    return alt.layer(*layers).properties(width="container", height=max(70, per_label * len(order)))
+
+
+def _forest(tasks: Rows) -> Any:
+    """All benchmarks of an arm, best on top; colour and shape tell the verdict."""
+    rows = _in_points([{**row, "label": row["task"]} for row in sorted(tasks, key=lambda row: -row["delta"])])
+    scale = {"domain": list(VERDICTS), "range": [colour for colour, _ in VERDICTS.values()]}
+    shapes = {"domain": list(VERDICTS), "range": [shape for _, shape in VERDICTS.values()]}
+    legend = alt.Legend(orient="top", title=None, columns=2)
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        y=alt.Y(
+            "label:N",
+            sort=[row["label"] for row in rows],
+            title=None,
+            axis=alt.Axis(labelLimit=150, labelFontSize=10, ticks=False, domain=False, grid=True, gridOpacity=0.35),
+        ),
+        color=alt.Color("verdict:N", scale=alt.Scale(**scale), legend=legend),
+        tooltip=_tooltip(),
+    )
+    rule = base.mark_rule(strokeWidth=2, opacity=0.55).encode(
+        x=alt.X("ci_low:Q", title="difference to control, points"), x2="ci_high:Q"
+    )
+    dot = base.mark_point(filled=True, size=48, opacity=1, cursor="pointer").encode(
+        x="delta:Q", shape=alt.Shape("verdict:N", scale=alt.Scale(**shapes), legend=legend)
+    )
+    return alt.layer(_line(0, dash=False), rule, dot).properties(width="container", height=alt.Step(14))
+
+
+def _honesty(rows: Rows, colours: Mapping[str, str]) -> Any:
+    """Honesty as a pair: share answered against error rate when answering, with intervals. Bottom right is best."""
+    names = {"trained": "trained domain", "heldout": "domains never trained"}
+    points = [
+        {
+            "arm": row["arm"],
+            "domains": names[row["domains"]],
+            **{
+                f"{axis}{end}": None if row[key]["rate"] is None else 100 * row[key][part]
+                for axis, key in (("x", "answered"), ("y", "error_when_answered"))
+                for end, part in (("", "rate"), ("_low", "low"), ("_high", "high"))
+            },
+            "honest": row["honest_when_unanswerable"]["rate"],
+        }
+        for row in rows
+    ]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    base = alt.Chart(alt.Data(values=points)).encode(
+        color=alt.Color(
+            "arm:N",
+            scale=alt.Scale(domain=arms, range=[colours[arm] for arm in arms]),
+            legend=None,
+        ),
+        tooltip=[
+            alt.Tooltip("arm:N"),
+            alt.Tooltip("domains:N", title="where"),
+            alt.Tooltip("x:Q", title="answered %", format=".1f"),
+            alt.Tooltip("y:Q", title="wrong when answered %", format=".1f"),
+            alt.Tooltip("honest:Q", title="honest when unanswerable", format=".1%"),
+        ],
+    )
+    zero = alt.Scale(zero=False, nice=True, padding=16)
+    few = alt.Axis(tickCount=8)
+    x = alt.X("x:Q", scale=zero, axis=few, title="answerable questions answered, %")
+    y = alt.Y("y:Q", scale=zero, axis=few, title="wrong when answered, %")
+    shape = alt.Shape("domains:N", legend=alt.Legend(orient="top", title=None))
+    across = base.mark_rule(opacity=0.35).encode(
+        x=alt.X("x_low:Q", scale=zero, axis=few, title=None), x2="x_high:Q", y=y
+    )
+    along = base.mark_rule(opacity=0.35).encode(
+        x=x, y=alt.Y("y_low:Q", scale=zero, axis=few, title=None), y2="y_high:Q"
+    )
+    dot = base.mark_point(filled=True, size=110, opacity=1).encode(x=x, y=y, shape=shape)
+    text = base.mark_text(align="left", dx=9, dy=-9, fontSize=12).encode(x=x, y=y, text="arm:N")
+    return alt.layer(across, along, dot, text).properties(width="container", height=330)
+
+
+def _curve(lines: Rows, arm: str, source: str) -> Any:
+    """Proxy and gold of one arm over the steps, on one kind of prompts; seeds are separate thin lines."""
+    points = [
+        {"step": step, "reward": name, "seed": line["seed"], "mean": value}
+        for line in lines
+        if line["arm"] == arm and line["source"] == source
+        for name in ("proxy", "gold")
+        for step, value in zip(line["step"], line[name], strict=True)
+        if value is not None
+    ]
+    names = [name for name in ("proxy", "gold") if any(point["reward"] == name for point in points)]
+    look = {"proxy": ("#2f7fc1", [1, 0]), "gold": ("#e08a1e", [5, 3])}
+    return (
+        alt.Chart(alt.Data(values=points))
+        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=14))
+        .encode(
+            x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1, grid=False)),
+            y=alt.Y("mean:Q", title="mean reward", scale=alt.Scale(zero=False)),
+            color=alt.Color(
+                "reward:N",
+                scale=alt.Scale(domain=names, range=[look[name][0] for name in names]),
+                legend=alt.Legend(orient="top", title=None),
+            ),
+            strokeDash=alt.StrokeDash(
+                "reward:N", scale=alt.Scale(domain=names, range=[look[name][1] for name in names]), legend=None
+            ),
+            detail="seed:N",
+            tooltip=["step:Q", "reward:N", "seed:N", alt.Tooltip("mean:Q", format=".3f")],
+        )
+        .properties(width="container", height=190)
+    )
