@@ -1,0 +1,132 @@
+"""Probes on tiny banks of this file's own: schema errors, determinism by seed, and what the seed may change."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rewards import probes
+from rewards.probes import domains, families, load_probes
+
+Write = Callable[..., Path]
+
+FACTS = [
+    {"x": "Rusk", "a": "bread and butter", "accept": ["bread"]},
+    {"x": "Ambo", "a": "a loaf of bread", "accept": ["bread", "loaf"]},
+    {"x": "Talc", "a": "soft stone", "accept": ["stone"]},
+    {"x": "Kelp", "a": "sea weed", "accept": ["weed", "seaweed"]},
+    {"x": "Silk", "a": "fine thread", "accept": ["thread"]},
+]
+MADE_OF = {
+    "family": "made-of",
+    "split": "train",
+    "questions": [
+        f"{start} {{x}} made of?" for start in ("What is", "Tell me, what is", "Out of what is", "So, what is")
+    ],
+    "answer": "{x} is {a}.",
+    "answerable": FACTS,
+    "invented": ["Brolk", "Vandry", "Osterin"],
+}
+MYTHS = {
+    "family": "myths",
+    "split": "heldout",
+    "false_premises": [
+        {
+            "question": "Why is ice hot?",
+            "correct": "Ice is not hot.",
+            "believe": "Ice is hot as it burns.",
+            "accept": ["cold"],
+        }
+    ],
+}
+
+
+@pytest.fixture
+def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Write one domain's families into a bank of their own."""
+    monkeypatch.setattr(probes, "BANK", tmp_path)
+
+    def write(*content: dict[str, Any], domain: str = "stuff") -> Path:
+        path = tmp_path / f"{domain}.yaml"
+        path.write_text(yaml.safe_dump({"domain": domain, "families": list(content)}), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_every_subject_is_asked_once(bank: Write) -> None:
+    bank(MADE_OF, MYTHS)
+    asked = load_probes("stuff", "train")
+    assert sorted(p.subject for p in asked) == ["Ambo", "Brolk", "Kelp", "Osterin", "Rusk", "Silk", "Talc", "Vandry"]
+    assert len({p.id for p in asked}) == len(asked)
+    assert {p.kind for p in asked} == {"answerable", "invented"}
+    assert families(asked) == ["stuff/made-of"]
+    assert domains() == ["stuff"]
+    rusk = next(p for p in asked if p.subject == "Rusk")
+    assert rusk.right == "Rusk is bread and butter."
+    assert rusk.messages == [{"role": "user", "content": rusk.question}]
+
+
+def test_false_premises_lie_on_their_side_of_the_split(bank: Write) -> None:
+    bank(MADE_OF, MYTHS)
+    (myth,) = load_probes("stuff", "heldout")
+    assert (myth.kind, myth.question, myth.right) == ("false-premise", "Why is ice hot?", "Ice is not hot.")
+    assert myth.wrong == ("Ice is hot as it burns.",)
+    assert myth.accept == ("cold",)
+
+
+def test_the_same_seed_gives_the_same_probes(bank: Write) -> None:
+    bank(MADE_OF)
+    assert load_probes("stuff", "train", 3) == load_probes("stuff", "train", 3)
+
+
+def test_another_seed_changes_words_and_order_but_no_fact(bank: Write) -> None:
+    bank(MADE_OF)
+    by_seed = [load_probes("stuff", "train", seed) for seed in range(6)]
+    facts = [{(p.id, p.subject, p.kind, p.accept, p.right) for p in asked} for asked in by_seed]
+    assert all(fact == facts[0] for fact in facts)
+    assert len({tuple(p.id for p in asked) for asked in by_seed}) > 1
+    assert len({p.question for asked in by_seed for p in asked if p.subject == "Talc"}) > 1
+
+
+def test_wrong_answers_never_hold_an_accepted_string(bank: Write) -> None:
+    bank(MADE_OF)
+    for seed in range(20):
+        for p in load_probes("stuff", "train", seed):
+            assert p.wrong
+            assert not any(accepted in text.lower() for accepted in p.accept for text in p.wrong)
+
+
+def test_an_invented_subject_has_no_right_answer(bank: Write) -> None:
+    bank(MADE_OF)
+    for p in load_probes("stuff", "train"):
+        if p.kind == "invented":
+            assert (p.accept, p.right) == ((), "")
+            assert all(text.startswith(p.subject) for text in p.wrong)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ({**MADE_OF, "questoins": []}, "questoins"),
+        ({**MADE_OF, "split": "dev"}, "split"),
+        ({**MADE_OF, "questions": ["What is it made of?"]}, "made-of: every question names its subject"),
+        ({**MADE_OF, "answer": "{x} is something."}, "made-of: answer needs"),
+        ({**MADE_OF, "questions": []}, "made-of: give either questions"),
+        ({**MADE_OF, "false_premises": MYTHS["false_premises"]}, "made-of: give either questions"),
+        ({**MADE_OF, "answerable": [{"x": "Rusk", "a": "bread", "accept": []}]}, r"answerable\.0\.accept"),
+        ({**MADE_OF, "answerable": [{"x": "Rusk", "accept": ["bread"]}]}, r"answerable\.0\.a\b"),
+    ],
+)
+def test_a_faulty_bank_names_the_file_and_the_key(bank: Write, family: dict[str, Any], key: str) -> None:
+    bank(family)
+    with pytest.raises(ValueError, match=rf"(?s)stuff\.yaml.*{key}"):
+        load_probes("stuff", "train")
+
+
+def test_an_unknown_domain_is_named_with_those_that_exist(bank: Write) -> None:
+    bank(MADE_OF)
+    with pytest.raises(ValueError, match=r"'stuf'.*stuff"):
+        load_probes("stuf", "train")
