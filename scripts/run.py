@@ -6,7 +6,6 @@ import gc
 import hashlib
 import importlib.metadata
 import json
-import netrc
 import os
 import time
 import traceback
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,8 +27,8 @@ from eval.config import SuiteName
 from models.embedded import EMBEDDED
 from rewards.probes import BANK
 from scripts.experiment import CHECKOUT, TRAITS, Experiment, find_file, is_hub_id
-from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, read_manifest, run_stage, write_json, write_text
-from scripts.tracking import tracked
+from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, run_stage, write_text
+from scripts.tracking import run_name, tracked, tracking_mode
 
 Callback = Callable[[int, int], None]  # (done, total)
 Bars = Callable[[str], Callback]  # a label -> the callback of a fresh bar
@@ -59,21 +59,21 @@ def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
             partial(_start, experiment, seed),
             {
                 **shared,
-                "warm_start": _plain(experiment.warm_start),
+                "warm_start": _hashed(experiment.warm_start),
                 "domains": list(experiment.reward.domains),
-                "standard": _plain(experiment.standard),
+                "standard": _hashed(experiment.standard),
             },
         ),
-        Stage("reward", partial(_reward, experiment, seed), {**shared, "reward": _plain(experiment.reward)}),
+        Stage("reward", partial(_reward, experiment, seed), {**shared, "reward": _hashed(experiment.reward)}),
         _eval_stage(experiment, run_dir, "base", seed, needs="start"),
     ]
     for seed in experiment.seeds:
         for arm, config in experiment.arms.items():
             inputs = {
-                "arm": _plain(config),
-                "train": _plain(experiment.train),
-                "standard": _plain(experiment.standard),
-                "reward": _plain(experiment.reward),
+                "arm": _hashed(config),
+                "train": _hashed(experiment.train),
+                "standard": _hashed(experiment.standard),
+                "reward": _hashed(experiment.reward),
                 "data": shared["data"],
                 "seed": seed,
             }
@@ -111,6 +111,8 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
         try:
             for stage in stages:
                 _make(stage, run_dir, console)
+                if stage.name == "reward":
+                    _check_accuracy(run_dir / "reward" / "accuracy.json", experiment.reward.min_accuracy, console)
             return make_report(run_dir, console)
         except Exception:
             (run_dir / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
@@ -120,6 +122,7 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
 def make_report(run_dir: Path, console: Console) -> dict[str, Any]:
     """Write results.json and report.html from the stages on disk, print the summary and the two paths."""
     from eval.report import summary_table, write_report
+
     from eval.results import write_results
 
     with console.status("results and report"):
@@ -156,26 +159,6 @@ def set_environment(experiment: Experiment, run_dir: Path) -> None:
     warnings.filterwarnings("ignore")
 
 
-def tracking_mode(experiment: Experiment) -> str:
-    """online, offline or disabled. Raises ValueError where online is asked for and there is no key."""
-    tracking = experiment.tracking
-    if tracking.backend != "wandb":
-        return "disabled"
-    if tracking.mode == "online" and not has_wandb_key():
-        raise ValueError("tracking.mode = 'online': there is no wandb key; set WANDB_API_KEY, or use auto or offline")
-    return tracking.mode if tracking.mode != "auto" else "online" if has_wandb_key() else "offline"
-
-
-def has_wandb_key() -> bool:
-    """Whether wandb would find a key, in the environment or in the user's netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def fingerprint(base: str) -> dict[str, Any]:
     """What a base is, without reading gigabytes: the package version, or names, sizes and times of a folder's files."""
     if base in EMBEDDED:
@@ -205,20 +188,26 @@ def print_header(experiment: Experiment, run_dir: Path, stages: list[Stage], con
 
 
 def _make(stage: Stage, run_dir: Path, console: Console) -> None:
-    folder = run_dir / stage.name
     with _bars(stage.name, console) as bars:
-        manifest = run_stage(folder, _inputs(stage, run_dir), lambda out: stage.work(out, bars), name=stage.name)
+        manifest = run_stage(
+            run_dir / stage.name, _inputs(stage, run_dir), lambda out: stage.work(out, bars), name=stage.name
+        )
     gc.collect()
     took = "already whole" if manifest.skipped else _duration(manifest.wall_seconds)
     console.print(f"[green]✓[/] {stage.name:<32} [dim]{took}[/]", highlight=False)
-    if stage.name == "reward":
-        _print_accuracy(folder / "accuracy.json", console)
 
 
-def _print_accuracy(path: Path, console: Console) -> None:
-    accuracy = json.loads(path.read_text(encoding="utf-8"))
-    numbers = [f"{key.replace('_', ' ')} {value:.2f}" for key, value in accuracy.items() if isinstance(value, float)]
-    console.print(f"  reward model on held-out families: {', '.join(numbers)}", highlight=False, style="dim")
+def _check_accuracy(path: Path, minimum: float, console: Console) -> None:
+    """Print the reward model's accuracy on held-out families; a ValueError if it is too low to train on."""
+    heldout = json.loads(path.read_text(encoding="utf-8"))["heldout"]
+    contrasts = [f"{name} {row['accuracy']:.2f}" for name, row in heldout["contrasts"].items()]
+    accuracy = f"{heldout['accuracy']:.3f} of {heldout['n']} pairs ranked rightly"
+    console.print(f"  held-out families: {accuracy} ({', '.join(contrasts)})", highlight=False, style="dim")
+    if heldout["accuracy"] < minimum:
+        raise ValueError(
+            f"reward.min_accuracy = {minimum}: the reward model got {accuracy} in held-out families ({path}); raise "
+            "reward.pairs or reward.epochs, or lower the bar if you want to train on it all the same"
+        )
 
 
 @contextmanager
@@ -258,8 +247,13 @@ def _inputs(stage: Stage, run_dir: Path) -> dict[str, Any]:
     return {**stage.inputs, "needs": needs}
 
 
-def _plain(section: Any) -> dict[str, Any]:
+def _plain(section: BaseModel) -> dict[str, Any]:
     return section.model_dump(mode="json")
+
+
+def _hashed(section: BaseModel) -> dict[str, Any]:
+    """A section without the keys that leave a stage's content as it is, so that changing them redoes nothing."""
+    return {key: value for key, value in _plain(section).items() if key not in ("min_accuracy", "save_every")}
 
 
 def _start(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
@@ -272,31 +266,33 @@ def _start(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
 def _reward(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
     from rewards.reward_model import fit_reward_model
 
-    write_json(out / "accuracy.json", fit_reward_model(experiment.reward, experiment.base, out, seed, bars("")))
+    fit_reward_model(experiment.reward, experiment.base, out, seed, bars(""))
 
 
 def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path, bars: Bars) -> Mapping[str, Any]:
     from train.policy import train_policy
 
     config = experiment.arms[arm]
-    with tracked(experiment, arm, seed, out):
+    with tracked(experiment, arm, seed):
         return train_policy(
             experiment.train,
             experiment.standard,
             config,
             experiment.reward,
-            run_dir / "start" / "model",
+            run_dir / "start",
             run_dir / "reward",
             out,
             seed,
             bars(""),
+            report_to=experiment.tracking.backend,
+            run_name=run_name(experiment, arm, seed),
         )
 
 
 def _eval_stage(experiment: Experiment, run_dir: Path, arm: str, seed: int, needs: str) -> Stage:
     files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
     data = hash_files(*files, BANK, CHECKOUT / "eval" / "items")
-    inputs = {"eval": _plain(experiment.eval), "data": data, "seed": seed}
+    inputs = {"eval": _hashed(experiment.eval), "data": data, "seed": seed}
     return Stage(f"arms/{arm}/seed-{seed}/eval", partial(_eval, experiment, run_dir, arm, seed), inputs, (needs,))
 
 
@@ -311,10 +307,11 @@ def _eval(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path,
 
     todo: dict[SuiteName, Path] = {name: out / f"{name}.parquet" for name in experiment.eval.suites}
     if not all(path.exists() for path in todo.values()):
-        start = str(run_dir / "start" / "model")
-        adapter = None if arm == "base" else str(run_dir / "arms" / arm / f"seed-{seed}" / "train" / "adapter")
+        start, train = run_dir / "start" / "model", run_dir / "arms" / arm / f"seed-{seed}" / "train"
+        adapter = str(train / "adapter") if (train / "adapter").exists() else None
+        weights = train / "model" if (train / "model").exists() else start  # train.lora_rank 0 saves every weight
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load_model(start, adapter, device=device), load_tokenizer(start)
+        model, tokenizer = load_model(str(weights), adapter, device=device), load_tokenizer(str(start))
         for name, path in todo.items():
             suite, bar = experiment.eval.suites[name], bars(name)
             if path.exists():
@@ -335,9 +332,3 @@ def _eval(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path,
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def past_seconds(run_dir: Path, stages: list[Stage]) -> float:
-    """Seconds that the whole stages of a run took."""
-    manifests = (read_manifest(run_dir / stage.name) for stage in stages)
-    return sum(manifest.wall_seconds for manifest in manifests if manifest is not None)

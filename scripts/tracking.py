@@ -1,12 +1,12 @@
-"""One tracker run per arm and seed. A trainer's own callback joins it; without one, the curves follow at the end."""
+"""One tracker run per arm and seed, which the trainer's own callback joins. Nothing here ever asks for a key."""
 
 from __future__ import annotations
 
+import netrc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 from scripts.experiment import Experiment
 
@@ -20,30 +20,42 @@ def check_tracker(experiment: Experiment) -> None:
         )
 
 
+def tracking_mode(experiment: Experiment) -> str:
+    """online, offline or disabled. Raises ValueError where online is asked for and there is no key."""
+    tracking = experiment.tracking
+    if tracking.backend != "wandb":
+        return "disabled"
+    if tracking.mode == "online" and not has_wandb_key():
+        raise ValueError("tracking.mode = 'online': there is no wandb key; set WANDB_API_KEY, or use auto or offline")
+    if tracking.mode == "auto":
+        return "online" if has_wandb_key() else "offline"
+    return tracking.mode
+
+
+def has_wandb_key() -> bool:
+    """Whether wandb would find a key, in the environment or in the user's netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def run_name(experiment: Experiment, arm: str, seed: int) -> str:
+    """What the tracker calls a training."""
+    return f"{experiment.name}/{arm}/seed-{seed}"
+
+
 @contextmanager
-def tracked(experiment: Experiment, arm: str, seed: int, out: Path) -> Iterator[None]:
-    """Open the tracker's run around a training; afterwards log steps.parquet unless the trainer has logged live."""
-    backend = experiment.tracking.backend
-    if backend == "none":
+def tracked(experiment: Experiment, arm: str, seed: int) -> Iterator[None]:
+    """A wandb run of its own around each training; the trackers' callbacks would put all arms of a process into one."""
+    if experiment.tracking.backend != "wandb":
         yield
         return
-    tracker = import_module(backend)
-    config = {"arm": arm, "seed": seed, **experiment.model_dump(mode="json")}
-    grouping = {"group": experiment.name} if backend == "wandb" else {}
-    run = tracker.init(
-        project=experiment.tracking.project, name=f"{experiment.name}/{arm}/seed-{seed}", config=config, **grouping
-    )
-    try:
+    import wandb
+
+    config = {"arm": arm, "seed": seed, "experiment": experiment.model_dump(mode="json")}
+    name = run_name(experiment, arm, seed)
+    with wandb.init(project=experiment.tracking.project, group=experiment.name, name=name, config=config):
         yield
-        if not getattr(run, "step", 0):
-            _log_steps(tracker, out / "steps.parquet")
-    finally:
-        tracker.finish()
-
-
-def _log_steps(tracker: object, path: Path) -> None:
-    import pandas as pd
-
-    log = getattr(tracker, "log")  # noqa: B009  (wandb and trackio are modules of the same shape)
-    for row in pd.read_parquet(path).to_dict("records"):
-        log({str(key): value for key, value in row.items() if key != "step"}, step=int(row["step"]))

@@ -1,0 +1,357 @@
+"""What a run will do and cost, worked out from the config and file headers: no model is loaded, no connection opened.
+
+Tokens are upper bounds: every completion is taken to be as long as it may be. FLOPs are counted as in the ledger
+(train/ledger.py): 2N a token forward and 6N forward and backward for a model of N parameters (Kaplan et al. 2020,
+arXiv 2001.08361). Times come from rates measured on CPU cores (docs/LOG.md) and are "about".
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import statistics
+import struct
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
+
+import psutil
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from eval.generalisation_items import GENERATED, Choices, Request, Twins, load_items, load_suite
+from models.embedded import EMBEDDED, gguf_path
+from rewards.probes import Probe
+from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
+from scripts.run import list_stages, whole_stages
+from scripts.tracking import has_wandb_key
+from train.mix import build_mix
+
+# Counted FLOPs per second of one CPU core, fp32, measured with SmolLM2-135M: docs/LOG.md, "Rates for the plan".
+LEARN_RATE = 103e9  # packed forward and backward, LoRA
+FORWARD_RATE = 75e9
+SAMPLE_RATE = 36e9  # token by token, 32 completions at a time
+LOAD_SECONDS = 8  # a stage's imports and weights
+
+CHARS_PER_TOKEN = 3.5  # English and sums with a vocabulary of 49k; other vocabularies differ by about a fifth
+TEMPLATE_TOKENS = 35  # chat template with its default system prompt
+CAPABILITY_TOKENS = 170  # mean of a benchmark item with all its choices
+ANSWER_TOKENS = 25  # mean of an authored answer
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's size as far as its files tell; layers, hidden, inner and vocabulary are 0 where they do not."""
+
+    parameters: float
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An upper bound: tokens that pass through a model, counted FLOPs, and seconds on this machine's cores."""
+
+    tokens: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """One arm with one seed."""
+
+    trait_prompts: int
+    standard_prompts: int
+    completions: int
+    generated: int  # tokens, at most
+    cost: Cost
+
+
+def model_size(base: str) -> Size | None:
+    """A base's size from its GGUF header, its config.json and weight headers, or a hub id's name; None if none tells."""
+    if base in EMBEDDED:
+        return _gguf_size(gguf_path(base))
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        found = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", base.rsplit("/", 1)[-1].lower())
+        return Size(float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]], 0, 0, 0, 0, "its name") if found else None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    shape = [int(config.get("text_config", config).get(key) or 0) for key in keys]
+    parameters = sum(_safetensors_parameters(file) for file in folder.glob("*.safetensors"))
+    if not parameters:  # *.bin files have no header to read; with 4 bytes a weight this is the least they hold
+        parameters = sum(file.stat().st_size for file in folder.glob("*.bin")) / 4
+    return Size(parameters, *shape, source="its weight headers")
+
+
+def plan_arm(experiment: Experiment, arm: str, parameters: float, cores: int) -> ArmPlan:
+    """What one arm costs with one seed. Prompt lengths are the mean of its first 200 prompts."""
+    train, dose = experiment.train, experiment.arms[arm].dose
+    n, group = train.steps * train.prompts_per_step, train.group_size
+    mix = build_mix(min(n, 200), dose, experiment.seeds[0], experiment.standard.tasks, experiment.reward.domains)
+    length = statistics.mean(text_tokens(prompt["prompt"][0]["content"]) for prompt in mix)
+    trait = floor(n * dose + 1e-9)
+    generated = n * group * train.max_new_tokens
+    rolled = n * length * (1 if train.prompt_sharing else group) + generated
+    scored = trait * group * (length + train.max_new_tokens)
+    flops = (2 * parameters * rolled, 2 * parameters * scored, 6 * parameters * rolled)
+    rates = (SAMPLE_RATE, FORWARD_RATE, LEARN_RATE)
+    seconds = LOAD_SECONDS + sum(work / rate for work, rate in zip(flops, rates, strict=True)) / cores
+    return ArmPlan(trait, n - trait, n * group, generated, Cost(2 * rolled + scored, sum(flops), seconds))
+
+
+def plan_stages(experiment: Experiment, parameters: float, cores: int) -> dict[str, Cost]:
+    """Cost of each kind of stage: start, reward, train/<arm>, eval."""
+    warm, reward = experiment.warm_start, experiment.reward
+    example = TEMPLATE_TOKENS + 2 * ANSWER_TOKENS
+    costs = {
+        "start": _cost(warm.examples * warm.epochs * example, 6 * parameters, LEARN_RATE, cores),
+        "reward": _cost(2 * reward.pairs * reward.epochs * example, 6 * parameters, LEARN_RATE, cores),
+        "eval": plan_eval(experiment, parameters, cores),
+    }
+    return costs | {f"train/{arm}": plan_arm(experiment, arm, parameters, cores).cost for arm in experiment.arms}
+
+
+def plan_eval(experiment: Experiment, parameters: float, cores: int) -> Cost:
+    """Cost of evaluating one model on all suites."""
+    read = generated = 0.0
+    for name, suite in experiment.eval.suites.items():
+        path = find_file(suite.file)
+        if name == "capability":
+            read += CAPABILITY_TOKENS * sum(capability_sizes(path, suite.limit).values())
+            continue
+        for task in load_suite(path).tasks:
+            items = load_items(task, suite.limit, experiment.eval.seed)
+            read += sum(_item_tokens(item) for item in items)
+            if task.source in GENERATED:
+                generated += len(items) * (task.max_new_tokens or 0)
+    reading = _cost(read, 2 * parameters, FORWARD_RATE, cores)
+    writing = _cost(generated, 2 * parameters, SAMPLE_RATE, cores)
+    seconds = reading.seconds + writing.seconds - LOAD_SECONDS
+    return Cost(read + generated, reading.flops + writing.flops, seconds)
+
+
+def capability_sizes(path: Path, limit: int | None) -> dict[str, int]:
+    """Benchmark name to the number of its items that are used."""
+    benchmarks = yaml.safe_load(path.read_text(encoding="utf-8"))["benchmarks"]
+    return {entry["name"]: min(entry["n"], limit or entry["n"]) for entry in benchmarks}
+
+
+def memory_bytes(experiment: Experiment, size: Size) -> float:
+    """Peak of the training stage: policy, reward model, logits of a packed forward and their gradients, activations."""
+    train = experiment.train
+    tokens = train.token_budget if train.prompt_sharing else train.prompts_per_step * train.group_size * 128
+    weights = 2 * 4 * size.parameters * (1 if train.lora_rank else 2.5)  # all weights: a gradient and two moments each
+    logits = 3 * 4 * tokens * size.vocabulary
+    activations = 4 * tokens * size.layers * (16 * size.hidden + 4 * size.inner)
+    return weights + logits + activations + 0.8 * GB  # the interpreter and its libraries
+
+
+def missing(experiment: Experiment) -> list[str]:
+    """What a run would lack on this machine, and what follows from it."""
+    lacks: list[str] = []
+    absent = [name for name, pinned in locked_versions().items() if installed_version(name) is None and pinned]
+    if absent:
+        lacks.append(f"packages of the lock: {', '.join(absent)} (make test installs them)")
+    if is_hub_id(experiment.base) and not _in_hub_cache(experiment.base):
+        lacks.append(f"{experiment.base} is not in the hub cache: the run will download it")
+    tracking = experiment.tracking
+    if tracking.backend == "trackio" and installed_version("trackio") is None:
+        lacks.append("package trackio, which tracking.backend asks for (pip install trackio)")
+    if tracking.backend == "wandb" and tracking.mode != "offline" and not has_wandb_key():
+        lacks.append("a wandb key: " + ("set WANDB_API_KEY" if tracking.mode == "online" else "tracking stays offline"))
+    return lacks
+
+
+def locked_versions() -> dict[str, str]:
+    """Package to pinned version, from requirements/cpu.lock."""
+    lines = (CHECKOUT / "requirements" / "cpu.lock").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {name.strip(): version.split(";")[0].strip() for name, version in pairs}
+
+
+def installed_version(package: str) -> str | None:
+    """Its version without a local part such as +cpu; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def text_tokens(text: str) -> float:
+    """About how many tokens a user message takes in its chat template."""
+    return TEMPLATE_TOKENS + len(text) / CHARS_PER_TOKEN
+
+
+def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
+    """The whole plan on the terminal."""
+    size, cores = model_size(experiment.base), usable_cores()
+    parameters = size.parameters if size else 0.0
+    stages = list_stages(experiment, run_dir)
+    whole = whole_stages(stages, run_dir)
+    seeds, train = len(experiment.seeds), experiment.train
+
+    console.print(f"[bold]Plan of {experiment.name}[/]  (nothing is loaded or run)\n")
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    known = (
+        f"{parameters / 1e6:.1f} M parameters, from {size.source}" if size else "size unknown until it is downloaded"
+    )
+    facts.add_row("base", f"{experiment.base}, {known}")
+    facts.add_row("trait", f"{experiment.reward.trait} in {', '.join(experiment.reward.domains)}")
+    facts.add_row("standard", ", ".join(experiment.standard.tasks))
+    facts.add_row(
+        "training",
+        f"{train.steps} steps of {train.prompts_per_step} prompts x {train.group_size} completions, "
+        f"at most {train.max_new_tokens} tokens each",
+    )
+    for name, suite in experiment.eval.suites.items():
+        facts.add_row("eval", f"{name}: {_suite_summary(experiment, name, find_file(suite.file), suite.limit)}")
+    facts.add_row("folder", f"{run_dir}, {len(whole)} of {len(stages)} stages are whole already")
+    console.print(facts)
+
+    console.print(_arms_table(experiment, parameters, cores))
+    costs = plan_stages(experiment, parameters, cores)
+    console.print(_stages_table(costs, [stage.name for stage in stages], whole))
+    left = sum(costs[_kind(stage.name)].seconds for stage in stages if stage.name not in whole)
+    notes = Table.grid(padding=(0, 2))
+    notes.add_column(style="dim")
+    notes.add_column(overflow="fold")
+    if size:
+        notes.add_row("time left", f"[bold]about {duration(left)}[/] on {cores} CPU cores; a GPU is not estimated")
+        memory = (
+            f"about {memory_bytes(experiment, size) / GB:.1f} GB" if size.layers else "unknown: no config.json here"
+        )
+        notes.add_row("memory", f"{memory}, of {psutil.virtual_memory().total / GB:.0f} GB")
+        place = next(folder for folder in (run_dir.resolve(), *run_dir.resolve().parents) if folder.exists())
+        disk = 4 * parameters * 1.1 + seeds * len(experiment.arms) * 12 * 0.04 * parameters
+        notes.add_row("disk", f"about {disk / GB:.1f} GB, {shutil.disk_usage(place).free / GB:.0f} GB are free")
+    notes.add_row(
+        "counting", "tokens are upper bounds; FLOPs: 2N a token forward, 6N forward and backward (N parameters)"
+    )
+    for i, lack in enumerate(missing(experiment) or ["nothing"]):
+        notes.add_row("missing" if i == 0 else "", lack)
+    console.print(notes)
+
+
+def _arms_table(experiment: Experiment, parameters: float, cores: int) -> Table:
+    seeds = ", ".join(map(str, experiment.seeds))
+    table = Table(title=f"Arms, each with one seed (seeds: {seeds})", title_justify="left", title_style="bold")
+    for head in ("arm", "dose", "trait", "standard", "completions", "tokens ≤", "FLOPs ≤", "about"):
+        table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=head != "arm")
+    for name, arm in experiment.arms.items():
+        plan = plan_arm(experiment, name, parameters, cores)
+        table.add_row(
+            name,
+            f"{arm.dose:g}",
+            f"{plan.trait_prompts:,}",
+            f"{plan.standard_prompts:,}",
+            f"{plan.completions:,}",
+            f"{plan.generated:,}",
+            f"{plan.cost.flops:.1e}" if parameters else "?",
+            duration(plan.cost.seconds) if parameters else "?",
+        )
+    return table
+
+
+def _stages_table(costs: dict[str, Cost], stages: list[str], whole: set[str]) -> Table:
+    table = Table(title="Stages", title_justify="left", title_style="bold")
+    for head in ("stage", "how often", "whole", "tokens ≤", "FLOPs ≤", "about, each"):
+        table.add_column(head, justify="left" if head == "stage" else "right", no_wrap=head != "stage")
+    for kind, cost in costs.items():
+        names = [name for name in stages if _kind(name) == kind]
+        table.add_row(
+            kind,
+            str(len(names)),
+            str(len(whole.intersection(names))),
+            f"{cost.tokens:,.0f}",
+            f"{cost.flops:.1e}" if cost.flops else "?",
+            duration(cost.seconds) if cost.flops else "?",
+        )
+    return table
+
+
+def _kind(stage: str) -> str:
+    """The row of plan_stages that a stage belongs to."""
+    if stage.endswith("/eval"):
+        return "eval"
+    return f"train/{stage.split('/')[1]}" if stage.endswith("/train") else stage
+
+
+def _suite_summary(experiment: Experiment, name: str, path: Path, limit: int | None) -> str:
+    if name == "capability":
+        sizes = capability_sizes(path, limit)
+    else:
+        sizes = {t.name: len(load_items(t, limit, experiment.eval.seed)) for t in load_suite(path).tasks}
+    counts = sorted(sizes.values())
+    each = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    return f"{len(sizes)} tasks, {each} items each, {sum(counts):,} in all"
+
+
+def _item_tokens(item: Probe | Request | Twins | Choices) -> float:
+    if isinstance(item, Probe):
+        return text_tokens(item.question)
+    if isinstance(item, Request):
+        return text_tokens(item.prompt)
+    if isinstance(item, Twins):
+        return text_tokens(item.high) + text_tokens(item.low)
+    return text_tokens(item.question) + sum(map(len, item.answers)) / CHARS_PER_TOKEN
+
+
+def _cost(tokens: float, flops_per_token: float, rate: float, cores: int) -> Cost:
+    flops = tokens * flops_per_token
+    return Cost(tokens, flops, LOAD_SECONDS + flops / (rate * cores))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest unit that reads well."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _gguf_size(path: Path) -> Size:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    keys = ("block_count", "embedding_length", "feed_forward_length", "vocab_size")
+    shape = [int(reader.fields[f"{architecture}.{key}"].contents()) for key in keys]
+    return Size(float(sum(int(tensor.n_elements) for tensor in reader.tensors)), *shape, source="its GGUF header")
+
+
+def _safetensors_parameters(path: Path) -> int:
+    """Number of weights in a safetensors file, from its header: 8 bytes length (little endian), then JSON."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    total = 0
+    for shape in shapes:
+        count = 1
+        for side in shape:
+            count *= side
+        total += count
+    return total
+
+
+def _in_hub_cache(base: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(base, "config.json"), str)
