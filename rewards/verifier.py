@@ -213,7 +213,7 @@ def _main(piece: str) -> str:
 def _stems(text: str) -> set[str]:
     """Content words cut to five letters, so that orbit, orbits and orbiting are one."""
     words = set(re.findall(r"\w\w+", text)) - set(_PLAIN_WORDS.split())
-    return {(_STEM_OF[word] if word in _STEM_OF else word)[:5] for word in words}
+    return {str(_STEM_OF.get(word, word))[:5] for word in words}
 
 
 def _ignorant(piece: str) -> bool:

@@ -144,7 +144,7 @@ def test_a_faulty_labelled_line_is_named(tmp_path: Path, key: str, value: str | 
     else:
         row[key] = value
     path = tmp_path / "labelled.jsonl"
-    path.write_text(json.dumps(row: Labelled), encoding="utf-8")
+    path.write_text(json.dumps(row), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"labelled\.jsonl, line 1: {key}.*{value or 'missing'}"):
         measured_error(path)
 
