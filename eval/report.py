@@ -73,7 +73,6 @@ def write_report(run_dir: Path) -> Path:
 def headline(results: Mapping[str, Any]) -> str:
     """The answer in one sentence, with its numbers: does a dose carry over, and at what price in refusals?"""
     claims = [claim for claim in results["claims"] if claim["id"] == "heldout-truthfulness"]
-    refusals = {claim["arm"]: claim for claim in results["claims"] if claim["id"] == "over-refusal"}
     pooled = {(row["name"], row["arm"]): row for row in results["aggregates"]}
     if not claims:
         return "This run has no truthfulness tasks in domains that were never trained."
@@ -82,24 +81,34 @@ def headline(results: Mapping[str, Any]) -> str:
         return "No dose arm is shown to beat control on truthfulness in domains it was never trained on."
     parts = []
     for arm in winners:
-        gain = points(pooled["truthfulness-heldout-domains", arm])
-        refusal = f", refusing {points(pooled['over-refusal-answerable', arm])}" if arm in refusals else ""
-        parts.append(f"{arm} by {gain}{refusal}")
-    who = "1 dose arm beats" if len(winners) == 1 else f"{len(winners)} dose arms beat"
+        gain = _words(pooled["truthfulness-heldout-domains", arm])
+        refusal = pooled.get(("over-refusal-answerable", arm))
+        price = f", refused answerable questions {_words(refusal)}" if refusal else ""
+        parts.append(f"{arm} {gain}{price}")
+    verb = "beats" if len(winners) == 1 else "beat"
     return (
-        f"{who} control on truthfulness in domains never trained: {'; '.join(parts)} "
-        "more of the answerable questions (points, 95% interval)."
+        f"{len(winners)} of {len(claims)} dose arms {verb} control on truthfulness in domains never trained "
+        f"({'; '.join(parts)})."
     )
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    delta, interval = points(row).split(" ", 1)
+    return f"{delta} points {interval}"
 
 
 def pack_items(items: Frame, results: Mapping[str, Any], room: int) -> tuple[str, int, int]:
     """The items as JSON for the page, at most `room` characters; how many items are in it, and how many there are.
 
-    {"arms": [...], "tasks": {task: {"suite", "metric", "items": [[id, kind, domain, family, prompt, {arm: [[value,
-    refused, output], one per seed]}]]}}}. Too much is cut task by task to the same number of items, so no task is left
-    without.
+    {"arms", "seeds", "trained", "tasks": {task: {"suite", "metric", "items": [item, ...]}}}; an item is [id, kind,
+    domain, family, prompt, {arm: [[value, refused, output], one per seed]}]. Too much is cut task by task to the same
+    number of items, so no task is left without.
     """
-    arms = [arm["name"] for arm in results["arms"]]
+    about_run = {
+        "arms": [arm["name"] for arm in results["arms"]],
+        "seeds": results["seeds"],
+        "trained": results["trained_domains"],
+    }
     tasks: dict[str, dict[str, Any]] = {}
     for row in items.sort_values(["task", "seed"], kind="stable").to_dict("records"):
         task = tasks.setdefault(row["task"], {"suite": row["suite"], "metric": row["metric"], "items": {}})
@@ -112,7 +121,7 @@ def pack_items(items: Frame, results: Mapping[str, Any], room: int) -> tuple[str
     total = sum(len(task["items"]) for task in tasks.values())
     while True:
         kept = {name: {**task, "items": list(task["items"].values())[:most]} for name, task in tasks.items()}
-        text = _embed({"arms": arms, "tasks": kept})
+        text = _embed({**about_run, "tasks": kept})
         if len(text.encode()) <= room or most <= 1:
             return text, sum(len(task["items"]) for task in kept.values()), total
         most = min(most - 1, int(most * room / len(text.encode())))

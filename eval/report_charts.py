@@ -2,7 +2,7 @@
 
 Colours of text and grid are left to the page, which knows light from dark. Colour and shape of a mark say the same, and
 the colours are safe for colour-blind readers. Differences are in points (hundredths). Every mark carries its task, so
-that the page can open the items behind it.
+that the page can open the items behind it; @trained, @heldout and @answerable name the items behind a pooled row.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def build_charts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if probes:
         marked = [{**row, "label": _domain_label(row)} for row in probes]
         marked += [
-            {**row, "label": "ALL NEVER TRAINED", "task": ""}
+            {**row, "label": "ALL NEVER TRAINED", "task": "@heldout"}
             for row in pooled
             if row["name"] == "truthfulness-heldout-domains"
         ]
@@ -55,7 +55,7 @@ def build_charts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         )
     refusal = [row for row in results["aggregates"] if row["name"] == "over-refusal-answerable"]
     if refusal:
-        marked = [{**row, "label": row["arm"], "task": ""} for row in refusal]
+        marked = [{**row, "label": row["arm"], "task": "@answerable"} for row in refusal]
         charts["refusal"] = _intervals(marked, doses, doses, colours, "change in refused share, points", bar=15.0)
     if results["honesty"]:
         charts["honesty"] = _honesty(results["honesty"], colours)
@@ -123,7 +123,9 @@ def _intervals(
     )
     if list(order) != list(arms):
         base = base.encode(yOffset=alt.YOffset("arm:N", sort=list(arms)))
-    rule = base.mark_rule(strokeWidth=2.5, opacity=0.55).encode(x=alt.X("ci_low:Q", title=title), x2="ci_high:Q")
+    rule = base.mark_rule(strokeWidth=2.5, opacity=0.55).encode(
+        x=alt.X("ci_low:Q", title=title, axis=alt.Axis(tickCount=8)), x2="ci_high:Q"
+    )
     dot = base.mark_point(filled=True, size=75, opacity=1, cursor="pointer").encode(x="delta:Q")
     layers = [_line(0, dash=False), rule, dot]
     if bar is not None:
@@ -149,7 +151,7 @@ def _forest(tasks: Rows) -> Any:
         tooltip=_tooltip(),
     )
     rule = base.mark_rule(strokeWidth=2, opacity=0.55).encode(
-        x=alt.X("ci_low:Q", title="difference to control, points"), x2="ci_high:Q"
+        x=alt.X("ci_low:Q", title="difference to control, points", axis=alt.Axis(tickCount=6)), x2="ci_high:Q"
     )
     dot = base.mark_point(filled=True, size=48, opacity=1, cursor="pointer").encode(
         x="delta:Q", shape=alt.Shape("verdict:N", scale=alt.Scale(**shapes), legend=legend)
@@ -163,6 +165,7 @@ def _honesty(rows: Rows, colours: Mapping[str, str]) -> Any:
     points = [
         {
             "arm": row["arm"],
+            "task": f"@{row['domains']}",
             "domains": names[row["domains"]],
             **{
                 f"{axis}{end}": None if row[key]["rate"] is None else 100 * row[key][part]
@@ -190,16 +193,17 @@ def _honesty(rows: Rows, colours: Mapping[str, str]) -> Any:
     )
     zero = alt.Scale(zero=False, nice=True, padding=16)
     few = alt.Axis(tickCount=8)
-    x = alt.X("x:Q", scale=zero, axis=few, title="answerable questions answered, %")
-    y = alt.Y("y:Q", scale=zero, axis=few, title="wrong when answered, %")
+    titles = ("answerable questions answered, %", "wrong when answered, %")
+    x = alt.X("x:Q", scale=zero, axis=few, title=titles[0])
+    y = alt.Y("y:Q", scale=zero, axis=few, title=titles[1])
     shape = alt.Shape("domains:N", legend=alt.Legend(orient="top", title=None))
     across = base.mark_rule(opacity=0.35).encode(
-        x=alt.X("x_low:Q", scale=zero, axis=few, title=None), x2="x_high:Q", y=y
+        x=alt.X("x_low:Q", scale=zero, axis=few, title=titles[0]), x2="x_high:Q", y=y
     )
     along = base.mark_rule(opacity=0.35).encode(
-        x=x, y=alt.Y("y_low:Q", scale=zero, axis=few, title=None), y2="y_high:Q"
+        x=x, y=alt.Y("y_low:Q", scale=zero, axis=few, title=titles[1]), y2="y_high:Q"
     )
-    dot = base.mark_point(filled=True, size=110, opacity=1).encode(x=x, y=y, shape=shape)
+    dot = base.mark_point(filled=True, size=110, opacity=1, cursor="pointer").encode(x=x, y=y, shape=shape)
     text = base.mark_text(align="left", dx=9, dy=-9, fontSize=12).encode(x=x, y=y, text="arm:N")
     return alt.layer(across, along, dot, text).properties(width="container", height=330)
 
@@ -220,7 +224,7 @@ def _curve(lines: Rows, arm: str, source: str) -> Any:
         alt.Chart(alt.Data(values=points))
         .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=14))
         .encode(
-            x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1, grid=False)),
+            x=alt.X("step:Q", scale=alt.Scale(zero=False), axis=alt.Axis(tickMinStep=1, tickCount=8, grid=False)),
             y=alt.Y("mean:Q", title="mean reward", scale=alt.Scale(zero=False)),
             color=alt.Color(
                 "reward:N",

@@ -433,8 +433,8 @@ def _claims(results: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, A
             lost = suite["significantly_regressed"]
             text = (
                 f"{arm} is ahead of control on {k} of {m} capability benchmarks and behind on {suite['regressed']} "
-                f"(sign test p = {suite['sign_test_p']:.2g}); after adjustment {suite['significantly_improved']} gains "
-                f"and {lost} losses are significant, {suite['equivalent']} are equivalent within "
+                f"(sign test p = {suite['sign_test_p']:.2g}); significant after adjustment: gains "
+                f"{suite['significantly_improved']}, losses {lost}; {suite['equivalent']} are equivalent within "
                 f"{100 * MARGIN:.0f} points, {suite['inconclusive']} are inconclusive."
             )
             claims.append({"id": "capability", "arm": arm, "holds": None, "text": text})
