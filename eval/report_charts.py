@@ -156,7 +156,7 @@ def _forest(tasks: Rows) -> Any:
     dot = base.mark_point(filled=True, size=48, opacity=1, cursor="pointer").encode(
         x="delta:Q", shape=alt.Shape("verdict:N", scale=alt.Scale(**shapes), legend=legend)
     )
-    return alt.layer(_line(0, dash=False), rule, dot).properties(width="container", height=alt.Step(14))
+    return alt.layer(_line(0, dash=False), rule, dot).properties(width="container", height=14 * len(rows))
 
 
 def _honesty(rows: Rows, colours: Mapping[str, str]) -> Any:
@@ -232,7 +232,9 @@ def _curve(lines: Rows, arm: str, source: str) -> Any:
                 legend=alt.Legend(orient="top", title=None),
             ),
             strokeDash=alt.StrokeDash(
-                "reward:N", scale=alt.Scale(domain=names, range=[look[name][1] for name in names]), legend=None
+                "reward:N",
+                scale=alt.Scale(domain=names, range=[look[name][1] for name in names]),
+                legend=alt.Legend(orient="top", title=None),
             ),
             detail="seed:N",
             tooltip=["step:Q", "reward:N", "seed:N", alt.Tooltip("mean:Q", format=".3f")],
