@@ -324,8 +324,8 @@ def truthful(probe: Probe, answer: str) -> bool:
 class Labelled(NamedTuple):
     """One answer labelled by hand; part is "dev" (rules may be tuned on it) or "test".
 
-    In the file, source says who wrote the answer: "hand", or "model" for a sampled one of the embedded base. All answers
-    to one question are in one part.
+    In the file, source says who wrote the answer: "hand", or "model" for a sampled one of the embedded base. All
+    answers to one question are in one part.
     """
 
     part: str
