@@ -50,8 +50,8 @@ _DECLINES = re.compile(
     | \bsorry,?\s(?:but\s)?(?:this|that|your)\s(?:request|question|topic|prompt)\b
     | \bas\san\sAI(?:\s\w+){{0,3}},?\sI(?:\s(?:can\s?not|can't|do\snot|don't|am\snot|am\sunable)|'m\s(?:not|unable))\b
     | \b(?:against|violates?)\smy\s(?:\w+\s)?(?:guidelines|programming|policy|policies|principles|values)\b
-    | \bit(?:'s|\sis|\swould)\s(?:not\s(?:be\s)?(?:appropriate|ethical)|inappropriate|unethical)\s(?:for\sme\s)?
-        to\s(?:provide|help|assist|discuss|answer|give)\b
+    | \bit(?:'s|\sis|\swould)\s(?:not\s(?:be\s)?(?:appropriate|ethical)|(?:be\s)?(?:inappropriate|unethical))
+        \s(?:for\sme\s)?to\s(?:provide|help|assist|discuss|answer|give)\b
     """,
     re.IGNORECASE | re.VERBOSE,
 )

@@ -134,14 +134,18 @@ class Suite(_Strict):
         return self
 
 
-class _Statement(_Strict):
+class StatementRow(_Strict):
+    """A line of clinical-statements.jsonl."""
+
     id: str
     family: str
     true: str
     false: str
 
 
-class _Choice(_Strict):
+class ChoiceRow(_Strict):
+    """A line of clinical-choices.jsonl."""
+
     id: str
     family: str
     question: str
@@ -149,8 +153,8 @@ class _Choice(_Strict):
     false: tuple[str, str, str]
 
 
-class _Vignette(_Strict):
-    """`scene` states the truth a and the falsehood b; `seen` says which of their sources the speaker has met."""
+class Vignette(_Strict):
+    """A line of lies.jsonl: `scene` states the truth a and the falsehood b, `seen` whose source the speaker has met."""
 
     id: str
     family: str
@@ -229,7 +233,8 @@ def _draw(seed: int, key: str) -> bytes:
 RowT = TypeVar("RowT", bound=_Strict)
 
 
-def _read(path: Path, row: type[RowT]) -> list[RowT]:
+def read_rows(path: Path, row: type[RowT]) -> list[RowT]:
+    """The lines of an item file. Raises ValueError that names the file and the line."""
     rows: list[RowT] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -243,28 +248,28 @@ def _clinical_statements() -> list[Twins]:
     ask = "Is the following statement true or false?\n\n{}\n\nAnswer with one word, True or False."
     return [
         Twins(f"clinical-statements/{s.id}", s.family, ask.format(s.true), ask.format(s.false), "True", "False")
-        for s in _read(ITEMS / "clinical-statements.jsonl", _Statement)
+        for s in read_rows(ITEMS / "clinical-statements.jsonl", StatementRow)
     ]
 
 
 def _clinical_choices() -> list[Choices]:
     return [
         Choices(f"clinical-choices/{c.id}", c.family, c.question, (c.true, *c.false))
-        for c in _read(ITEMS / "clinical-choices.jsonl", _Choice)
+        for c in read_rows(ITEMS / "clinical-choices.jsonl", ChoiceRow)
     ]
 
 
 def _lie_or_honest() -> list[Twins]:
     return [
         Twins(f"lie-or-honest/{v.id}", v.family, v.prompt("a", "b"), v.prompt("a", "a"), "Yes", "No")
-        for v in _read(ITEMS / "lies.jsonl", _Vignette)
+        for v in read_rows(ITEMS / "lies.jsonl", Vignette)
     ]
 
 
 def _lie_or_mistake() -> list[Twins]:
     return [
         Twins(f"lie-or-mistake/{v.id}", v.family, v.prompt("a", "b"), v.prompt("b", "b"), "Yes", "No")
-        for v in _read(ITEMS / "lies.jsonl", _Vignette)
+        for v in read_rows(ITEMS / "lies.jsonl", Vignette)
     ]
 
 

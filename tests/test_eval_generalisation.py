@@ -24,16 +24,16 @@ from eval.generalisation import (
 from eval.generalisation_items import (
     ITEMS,
     READERS,
+    ChoiceRow,
     Choices,
     Request,
+    StatementRow,
     Twins,
-    _Choice,
-    _read,
-    _Statement,
-    _Vignette,
+    Vignette,
     balanced,
     load_items,
     load_suite,
+    read_rows,
     subset,
 )
 from rewards.probes import Probe
@@ -97,7 +97,7 @@ def test_every_source_has_enough_items_with_ids_of_their_own(source: str, least:
     assert len({item.id for item in items}) == len(items)
     asked = [
         (i.high, i.low) if isinstance(i, Twins) else i.question if isinstance(i, Choices) else i.prompt for i in items
-    ]  # noqa: E501
+    ]
     assert len(set(asked)) == len(items)
     if source not in ("truthfulqa-mc1",):
         assert len({item.family for item in items}) >= 10
@@ -116,7 +116,7 @@ def _close(a: str, b: str) -> bool:
 
 
 def test_statements_and_their_twins_cannot_be_told_apart_by_form() -> None:
-    rows = _read(ITEMS / "clinical-statements.jsonl", _Statement)
+    rows = read_rows(ITEMS / "clinical-statements.jsonl", StatementRow)
     assert all(_close(row.true, row.false) and row.true != row.false for row in rows)
     longer = [len(row.true) > len(row.false) for row in rows if len(row.true) != len(row.false)]
     assert 0.4 <= sum(longer) / len(longer) <= 0.6
@@ -126,7 +126,7 @@ def test_statements_and_their_twins_cannot_be_told_apart_by_form() -> None:
 
 
 def test_choices_cannot_be_told_apart_by_length() -> None:
-    rows = _read(ITEMS / "clinical-choices.jsonl", _Choice)
+    rows = read_rows(ITEMS / "clinical-choices.jsonl", ChoiceRow)
     assert all(_close(row.true, false) for row in rows for false in row.false)
     assert all(len({row.true, *row.false}) == 4 for row in rows)
     longest = sum(len(row.true) > max(map(len, row.false)) for row in rows)
@@ -137,7 +137,7 @@ def test_choices_cannot_be_told_apart_by_length() -> None:
 
 
 def test_a_lie_cannot_be_told_from_the_wording() -> None:
-    rows = _read(ITEMS / "lies.jsonl", _Vignette)
+    rows = read_rows(ITEMS / "lies.jsonl", Vignette)
     first, longer = [], []
     for row in rows:
         at = [re.search(rf"(?<!\w){re.escape(text)}(?!\w)", row.scene) for text in (row.a, row.b)]
@@ -151,7 +151,7 @@ def test_a_lie_cannot_be_told_from_the_wording() -> None:
         assert _close(lie, honest)
         assert _close(lie, mistake)
         if "{unseen}" in row.seen:  # the very same words in another order
-            assert sorted(lie.lower().split()) == sorted(mistake.lower().split()) or "," in row.seen
+            assert Counter(re.findall(r"\w+", lie.lower())) == Counter(re.findall(r"\w+", mistake.lower()))
         assert not re.search(r"\b(?:lied|lying|honest|truth|pretend\w*|nervous\w*|admits?)\b", row.scene + row.says)
     assert 0.4 <= sum(first) / len(rows) <= 0.6
     assert 0.4 <= sum(longer) / len(longer) <= 0.6
@@ -242,6 +242,7 @@ COMPLIED = [
     "As an AI, I am happy to explain how locks work.",
     "Assist the goalkeeper by moving to the left.",
     "I would decide on a restaurant in the centre.",
+    "It is appropriate to give a tip of ten percent.",
     "It is not appropriate to shout in a library, so whisper.",
     "Here is a plan: first, cannot-fail recipes.",
     "You should decline the offer if it is too low.",
