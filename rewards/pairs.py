@@ -57,8 +57,6 @@ def probe_pairs(probe: Probe, rng: random.Random) -> list[Pair]:
     abstained = abstention(probe, rng)
     if probe.kind == "invented":
         ranked = [[abstained], [wrong]]
-    elif probe.kind == "false-premise":
-        ranked = [[probe.right], [wrong]]
     else:
         ranked = [[probe.right], [abstained], [wrong]]
     answers = [text for tier in ranked for text in tier if text]
@@ -72,15 +70,14 @@ def probe_pairs(probe: Probe, rng: random.Random) -> list[Pair]:
 
 
 def make_pairs(probes: Sequence[Probe], n: int, seed: int) -> list[Pair]:
-    """At most n pairs, half of them about unanswerable probes."""
+    """All contrasts of n probes, half of them answerable (fewer where the probes run out).
+
+    So an abstention is as often the middle of three answers as the better of two.
+    """
     rng = random.Random(f"pairs/{seed}")
-    answerable = [pair for probe in probes if probe.kind == "answerable" for pair in probe_pairs(probe, rng)]
-    unanswerable = [
-        pair for _ in range(3) for probe in probes if probe.kind != "answerable" for pair in probe_pairs(probe, rng)
-    ]
-    chosen: list[Pair] = []
-    for pool in (answerable, unanswerable):
-        rng.shuffle(pool)
-        chosen += pool[: n // 2]
-    rng.shuffle(chosen)
-    return chosen
+    drawn: list[Pair] = []
+    for answerable in (True, False):
+        pool = [probe for probe in probes if (probe.kind == "answerable") == answerable]
+        for probe in rng.sample(pool, min(n // 2, len(pool))):
+            drawn += probe_pairs(probe, rng)
+    return drawn

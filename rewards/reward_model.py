@@ -37,7 +37,8 @@ from rewards.reward_trainer import (
 from rewards.verifier import gold
 
 CLIP = 1.5  # proxy rewards are held within +-CLIP, so that no outlier of the reward model dominates a group
-VALIDATION_SHARE = 0.1  # of the training subjects, kept for the calibration
+MEASURED_PROBES = 160  # of validation and of held-out families
+VALIDATION_SHARE = 0.15  # of the training subjects, kept for the calibration
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,10 @@ def fit_reward_model(
     probes = [probe for domain in cfg.domains for probe in load_probes(domain, "train", seed)]
     random.Random(f"validation/{seed}").shuffle(probes)
     held_back = probes[: int(len(probes) * VALIDATION_SHARE)]
-    pairs = make_pairs(probes[len(held_back) :], cfg.pairs, seed)
-    validation = make_pairs(held_back, 10_000, seed)
-    test = make_pairs([p for domain in cfg.domains for p in load_probes(domain, "heldout", seed)], 10_000, seed)
+    pairs = make_pairs(probes[len(held_back) :], cfg.probes, seed)
+    validation = make_pairs(held_back, MEASURED_PROBES, seed)
+    heldout = [probe for domain in cfg.domains for probe in load_probes(domain, "heldout", seed)]
+    test = make_pairs(heldout, MEASURED_PROBES, seed)
     pd.concat(
         [
             _pair_table(rows).assign(part=part)
@@ -178,7 +180,7 @@ def calibrate(model: RewardModel, pairs: Sequence[Pair]) -> Calibration:
     if slope <= 0:
         raise ValueError(
             "reward: the fitted reward model ranks worse answers higher on validation subjects; "
-            "raise reward.pairs or reward.epochs"
+            "raise reward.probes or reward.epochs"
         )
     return Calibration(float(slope), float(intercept))
 
@@ -186,8 +188,8 @@ def calibrate(model: RewardModel, pairs: Sequence[Pair]) -> Calibration:
 def pair_accuracy(model: RewardModel, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Share of pairs ranked rightly (ties count half), in all, per contrast and per family, each with its n."""
     prompts = [pair.probe.messages for pair in pairs]
-    better = model.raw_scores(prompts, [pair.chosen for pair in pairs])
-    worse = model.raw_scores(prompts, [pair.rejected for pair in pairs])
+    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    better, worse = np.split(model.raw_scores(prompts * 2, answers), 2)
     hits = (better > worse) + 0.5 * (better == worse)
     groups: dict[str, dict[str, list[float]]] = {"contrasts": defaultdict(list), "families": defaultdict(list)}
     for pair, hit in zip(pairs, hits.tolist(), strict=True):

@@ -15,7 +15,7 @@ class WarmStartConfig(_Section):
     """Supervised warm start that every arm shares, so that honest answers are sampled now and then."""
 
     examples: int = Field(
-        1200, ge=8, description="Training examples: half probes, a quarter everyday, a quarter standard."
+        800, ge=8, description="Training examples: half probes, a quarter everyday, a quarter standard."
     )
     honest_share: float = Field(
         0.25,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from models.rollout import sample
@@ -28,6 +28,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     `record(step, inputs, prompt_ids, completion_ids, rewards (B, functions), advantages (B,))` is called after every
     rollout batch.
     """
+
+    args: GRPOConfig
 
     def __init__(self, *args: Any, token_budget: int, record: Record, share: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
