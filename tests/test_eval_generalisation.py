@@ -115,17 +115,21 @@ def _close(a: str, b: str) -> bool:
     return abs(len(a) - len(b)) <= 0.25 * min(len(a), len(b))
 
 
+def _negated(texts: list[str]) -> float:
+    """The share of texts that deny something: a model that merely denies more must not score better."""
+    return sum(bool(re.search(r"\b(?:not?|never|cannot|none)\b", text)) for text in texts) / len(texts)
+
+
 def test_statements_and_their_twins_cannot_be_told_apart_by_form() -> None:
     rows = read_rows(ITEMS / "clinical-statements.jsonl", StatementRow)
     assert all(_close(row.true, row.false) and row.true != row.false for row in rows)
     longer = [len(row.true) > len(row.false) for row in rows if len(row.true) != len(row.false)]
     assert 0.4 <= sum(longer) / len(longer) <= 0.6
-    negated = Counter(bool(re.search(r"\b(?:not?|never|cannot|none)\b", t)) for row in rows for t in (row.false,))
-    assert abs(negated[True] - sum(bool(re.search(r"\b(?:not?|never|cannot|none)\b", r.true)) for r in rows)) <= 6
+    assert abs(_negated([row.true for row in rows]) - _negated([row.false for row in rows])) <= 0.05
     _far_apart([row.true for row in rows], 0.6)
 
 
-def test_choices_cannot_be_told_apart_by_length() -> None:
+def test_choices_cannot_be_told_apart_by_length_or_denial() -> None:
     rows = read_rows(ITEMS / "clinical-choices.jsonl", ChoiceRow)
     assert all(_close(row.true, false) for row in rows for false in row.false)
     assert all(len({row.true, *row.false}) == 4 for row in rows)
@@ -133,6 +137,8 @@ def test_choices_cannot_be_told_apart_by_length() -> None:
     shortest = sum(len(row.true) < min(map(len, row.false)) for row in rows)
     assert longest <= 0.35 * len(rows)
     assert shortest <= 0.35 * len(rows)
+    false = [text for row in rows for text in row.false]
+    assert abs(_negated([row.true for row in rows]) - _negated(false)) <= 0.05
     _far_apart([f"{row.question} {row.true}" for row in rows], 0.5)
 
 
