@@ -65,9 +65,10 @@ class RewardModel:
     def load(cls, folder: Path) -> RewardModel:
         """Load what fit_reward_model saved in `folder`."""
         from peft import AutoPeftModelForSequenceClassification
+        from transformers import AutoTokenizer
 
         model = AutoPeftModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
-        tokenizer = load_tokenizer(str(folder / "model"))
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         model.config.pad_token_id = tokenizer.pad_token_id
         calibration = Calibration(**json.loads((folder / "calibration.json").read_text()))
         return cls(model.merge_and_unload(), tokenizer, calibration)

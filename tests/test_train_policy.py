@@ -1,0 +1,110 @@
+"""One arm from warm start to adapter on the tiny model: what it writes, and that a killed run ends where it would have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+from rewards.config import RewardConfig
+from rewards.reward_model import RewardModel, fit_reward_model
+from train.config import ArmConfig, StandardMixConfig, TrainConfig, WarmStartConfig
+from train.policy import train_policy
+from train.warm_start import warm_start, warm_start_examples
+
+STANDARD = StandardMixConfig(tasks={"chain_sum": {"min_terms": 2, "max_terms": 2}, "gcd": {}})
+REWARD = RewardConfig(probes=16, batch_size=8, lora_rank=2, min_accuracy=0.0)
+TRAIN = TrainConfig(steps=4, prompts_per_step=4, group_size=2, max_new_tokens=4, lora_rank=2, save_every=2)
+
+
+class Killed(Exception):
+    """Stands for a signal in the middle of a step."""
+
+
+@pytest.fixture(scope="module")
+def stages(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """start/ and reward/ of a run, made with the tiny model."""
+    run = tmp_path_factory.mktemp("run")
+    (run / "start").mkdir()
+    (run / "reward").mkdir()
+    warm = WarmStartConfig(examples=16, batch_size=8, lora_rank=2)
+    warm_start(warm, str(tiny_dir), REWARD.domains, STANDARD.tasks, run / "start", 0)
+    accuracy = fit_reward_model(REWARD, str(tiny_dir), run / "reward", 0)
+    assert accuracy["heldout"]["n"] > 100
+    return run
+
+
+def train(stages: Path, out: Path, dose: float = 0.5, stop_at: int | None = None) -> dict:
+    out.mkdir(exist_ok=True)
+
+    def progress(done: int, total: int) -> None:
+        if done == stop_at:
+            raise Killed
+
+    return train_policy(
+        TRAIN, STANDARD, ArmConfig(dose=dose), REWARD, stages / "start", stages / "reward", out, 0, progress
+    )
+
+
+def test_an_arm_writes_its_contract(stages: Path, tmp_path: Path) -> None:
+    ledger = train(stages, tmp_path / "arm")
+    rollouts = pd.read_parquet(tmp_path / "arm" / "rollouts.parquet")
+    steps = pd.read_parquet(tmp_path / "arm" / "steps.parquet")
+    assert len(rollouts) == 4 * 4 * 2
+    assert list(rollouts["source"].unique()) == ["standard", "trait"]
+    trait = rollouts[rollouts["source"] == "trait"]
+    assert trait["gold"].between(-1, 1).all()
+    assert (trait["proxy"] == trait["reward_trait"]).all()
+    assert rollouts.groupby(["step", "position"])["advantage"].sum().abs().max() < 1e-5
+    assert list(steps["step"]) == [0, 1, 2, 3]
+    assert {"proxy", "gold", "entropy", "mean_tokens", "refusal_rate", "zero_variance_groups", "seconds"} <= set(steps)
+    assert ledger["steps"] == 4
+    assert ledger["trait"]["prompts"] == ledger["standard"]["prompts"] == 8
+    assert ledger["total"]["generated_tokens"] == rollouts["tokens"].sum()
+    assert ledger == json.loads((tmp_path / "arm" / "ledger.json").read_text())
+    assert (tmp_path / "arm" / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_a_killed_arm_ends_where_it_would_have(stages: Path, tmp_path: Path, stop_at: int) -> None:
+    """Killed before the first checkpoint, and one step after it: weights, rollouts and ledger are those of the whole run."""
+    train(stages, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(stages, tmp_path / "killed", stop_at=stop_at)
+    train(stages, tmp_path / "killed")
+    whole, killed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(whole[key].equal(killed[key]) for key in whole)
+    a, b = (pd.read_parquet(tmp_path / name / "rollouts.parquet") for name in ("whole", "killed"))
+    pd.testing.assert_frame_equal(a, b)
+    a, b = (json.loads((tmp_path / name / "ledger.json").read_text()) for name in ("whole", "killed"))
+    assert a["total"] == b["total"]
+
+
+def test_the_control_needs_no_trait_prompt(stages: Path, tmp_path: Path) -> None:
+    ledger = train(stages, tmp_path / "control", dose=0.0)
+    assert ledger["trait"]["prompts"] == 0
+    assert ledger["standard"]["prompts"] == 16
+
+
+def test_a_saved_reward_model_scores_as_the_fitted_one(stages: Path) -> None:
+    model = RewardModel.load(stages / "reward")
+    prompt = [{"role": "user", "content": "What is aspirin used for?"}]
+    other = [{"role": "user", "content": "What is insulin?"}]
+    together = model.raw_scores([prompt, other, prompt], ["Pain.", "A hormone.", "I don't know."])
+    alone = [model.raw_scores([p], [a])[0] for p, a in ((prompt, "Pain."), (other, "A hormone."), (prompt, "I don't know."))]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_warm_start_examples_hold_the_stated_shares() -> None:
+    examples = warm_start_examples(WarmStartConfig(examples=400), ["health"], STANDARD.tasks, 0)
+    sources = pd.Series([row["source"] for row in examples])
+    assert len(examples) == 400
+    assert (sources == "health/answerable").sum() == 100
+    assert sources.isin(["health/invented", "health/false-premise"]).sum() == 100
+    assert (sources == "everyday/answerable").sum() == 100
+    assert sources.isin(["chain_sum", "gcd"]).sum() == 100
+    assert all(row["answer"] for row in examples)
