@@ -110,3 +110,7 @@ def _tell(line: str) -> None:
 def main() -> None:
     """Entry point of the traitdose command."""
     sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

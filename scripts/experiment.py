@@ -8,6 +8,7 @@ Every mistake is a ValueError that names the file, the key, the value and the wa
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -184,7 +185,7 @@ def _mistakes(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:
     yield from _wrong_base(experiment.base)
     if len(set(experiment.seeds)) < len(experiment.seeds) or min(experiment.seeds) < 0:
         yield "seeds", list(experiment.seeds), "seeds are different numbers from 0 up"
-    yield from _wrong_arms(experiment.arms)
+    yield from _wrong_arms(experiment.arms, experiment.train.steps * experiment.train.prompts_per_step)
     for key, value in _leaves(experiment.model_dump(mode="json")):
         name = key.rsplit(".", 1)[-1]
         if name == "trait" and value not in trait_names():
@@ -199,6 +200,7 @@ def _mistakes(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:
                 suite.file,
                 f"there is no such file; configs/suites/ has: {', '.join(near)}",
             )
+    yield from _wrong_tasks(experiment)
 
 
 def _wrong_base(base: str) -> Iterator[tuple[str, Any, str]]:
@@ -221,7 +223,7 @@ def _wrong_base(base: str) -> Iterator[tuple[str, Any, str]]:
         )
 
 
-def _wrong_arms(arms: dict[str, ArmConfig]) -> Iterator[tuple[str, Any, str]]:
+def _wrong_arms(arms: dict[str, ArmConfig], prompts: int) -> Iterator[tuple[str, Any, str]]:
     for name in arms:
         if name == "base" or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             yield (
@@ -234,6 +236,9 @@ def _wrong_arms(arms: dict[str, ArmConfig]) -> Iterator[tuple[str, Any, str]]:
         yield "arms", list(arms), "exactly one arm has dose 0, and it is called control; the others have a dose above 0"
     names = list(arms)
     for i, name in enumerate(names):
+        dose = arms[name].dose
+        if 0 < dose * prompts < 1:
+            yield f"arms.{name}.dose", dose, f"gives no trait prompt among {prompts}; raise it, or train longer"
         for other in names[:i]:
             if arms[name] == arms[other]:
                 yield (
@@ -241,6 +246,29 @@ def _wrong_arms(arms: dict[str, ArmConfig]) -> Iterator[tuple[str, Any, str]]:
                     arms[name].model_dump(mode="json"),
                     f"the same as arms.{other}; change or remove one",
                 )
+
+
+def _wrong_tasks(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:
+    """Standard tasks that are no generators, have unfit settings, or are benchmarks of the capability suite."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    suite = experiment.eval.suites.get("capability")
+    measured = find_file(suite.file).read_text(encoding="utf-8") if suite else ""
+    for name, settings in experiment.standard.tasks.items():
+        key = f"standard.tasks.{name}"
+        if name not in DATASETS:
+            yield key, settings, _choose(name, sorted(DATASETS), "a task is a reasoning-gym generator")
+        if suite and re.search(rf"^\s*source:\s*reasoning-gym:{re.escape(name)}\s*$", measured, re.MULTILINE):
+            yield (
+                key,
+                settings,
+                f"the capability suite measures this generator; train on another, or change {suite.file}",
+            )
+        try:
+            reasoning_gym.create_dataset(name, seed=0, size=1, **settings)
+        except (TypeError, ValueError, AssertionError) as error:
+            yield key, settings, f"the generator takes no such settings: {_one_line(error)}"
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

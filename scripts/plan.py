@@ -78,7 +78,7 @@ class ArmPlan:
 
 
 def model_size(base: str) -> Size | None:
-    """A base's size from its GGUF header, its config.json and weight headers, or a hub id's name; None if none tells."""
+    """A base's size from its GGUF header, its config.json and weight headers, or a hub id's name; else None."""
     if base in EMBEDDED:
         return _gguf_size(gguf_path(base))
     folder = Path(base).expanduser()

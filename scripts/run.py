@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,7 @@ def whole_stages(stages: list[Stage], run_dir: Path) -> set[str]:
     """Names of the stages that a run would skip: whole, from the same inputs, and so is all that they need."""
     whole: set[str] = set()
     for stage in stages:
-        if whole.issuperset(stage.needs) and is_whole(run_dir / stage.name, _inputs(stage, run_dir)):
+        if whole.issuperset(stage.needs) and is_whole(run_dir / stage.name, stage_inputs(stage, run_dir)):
             whole.add(stage.name)
     return whole
 
@@ -106,6 +106,8 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
         set_environment(experiment, run_dir)
         stages = list_stages(experiment, run_dir)
         print_header(experiment, run_dir, stages, console)
+        if len(whole_stages(stages, run_dir)) < len(stages):
+            _check_suites(experiment)
         resolved = yaml.safe_dump(_plain(experiment), sort_keys=False, allow_unicode=True, width=120)
         write_text(run_dir / "config.yaml", resolved)
         try:
@@ -115,14 +117,14 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
                     _check_accuracy(run_dir / "reward" / "accuracy.json", experiment.reward.min_accuracy, console)
             return make_report(run_dir, console)
         except Exception:
-            (run_dir / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+            with suppress(OSError):  # a full disk has no room for it
+                (run_dir / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
             raise
 
 
 def make_report(run_dir: Path, console: Console) -> dict[str, Any]:
     """Write results.json and report.html from the stages on disk, print the summary and the two paths."""
     from eval.report import summary_table, write_report
-
     from eval.results import write_results
 
     with console.status("results and report"):
@@ -187,10 +189,20 @@ def print_header(experiment: Experiment, run_dir: Path, stages: list[Stage], con
     console.print()
 
 
+def _check_suites(experiment: Experiment) -> None:
+    """Read the suite files before anything is trained: a mistake in one is told now, not after an hour."""
+    from eval.capability import load_suite as load_capability
+    from eval.generalisation_items import load_suite as load_generalisation
+
+    for name, suite in experiment.eval.suites.items():
+        load = load_capability if name == "capability" else load_generalisation
+        load(find_file(suite.file))
+
+
 def _make(stage: Stage, run_dir: Path, console: Console) -> None:
     with _bars(stage.name, console) as bars:
         manifest = run_stage(
-            run_dir / stage.name, _inputs(stage, run_dir), lambda out: stage.work(out, bars), name=stage.name
+            run_dir / stage.name, stage_inputs(stage, run_dir), lambda out: stage.work(out, bars), name=stage.name
         )
     gc.collect()
     took = "already whole" if manifest.skipped else _duration(manifest.wall_seconds)
@@ -240,7 +252,7 @@ def _bars(name: str, console: Console) -> Iterator[Bars]:
         yield bars
 
 
-def _inputs(stage: Stage, run_dir: Path) -> dict[str, Any]:
+def stage_inputs(stage: Stage, run_dir: Path) -> dict[str, Any]:
     """The stage's inputs with the manifests of the stages that it needs ("absent" while there is none)."""
     manifests = {need: run_dir / need / MANIFEST for need in stage.needs}
     needs = {n: hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "absent" for n, p in manifests.items()}

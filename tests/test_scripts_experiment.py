@@ -1,0 +1,134 @@
+"""Every mistake in a config: one line that names file, key, value and remedy, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from scripts import experiment as experiments
+from scripts.cli import app
+from scripts.experiment import load_experiment
+
+QUICKSTART = experiments.CHECKOUT / "configs" / "experiments" / "quickstart.yaml"
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The quickstart with a tiny base, a trait and suites of its own."""
+    (tmp_path / "traits").mkdir()
+    (tmp_path / "traits" / "truthfulness.md").write_text("---\nid: truthfulness\n---\n")
+    monkeypatch.setattr(experiments, "TRAITS", tmp_path / "traits")
+    (tmp_path / "suite.yaml").write_text("benchmarks:\n  - name: syllogism\n    source: reasoning-gym:syllogism\n")
+    content = yaml.safe_load(QUICKSTART.read_text())
+    content["base"] = str(tiny_dir)
+    for suite in content["eval"]["suites"].values():
+        suite["file"] = str(tmp_path / "suite.yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def run(*words: str) -> str:
+    """The one line that a failing `traitdose run` prints."""
+    result = CliRunner().invoke(app, ["run", *words])
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_every_shipped_experiment_is_valid():
+    for path in sorted(QUICKSTART.parent.glob("*.yaml")):
+        experiment = load_experiment(path)
+        assert experiment.arms["control"].dose == 0
+        assert experiment.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.stpes=3", ["command line", "train.stpes", "3", "did you mean steps?"]),
+        ("trian.steps=3", ["trian", "did you mean train?"]),
+        ("arms.dose-25.dose=1.5", ["command line", "arms.dose-25.dose = 1.5", "less than or equal to 1", "Share of"]),
+        ("arms.dose-25.dose=-0.1", ["arms.dose-25.dose = -0.1", "greater than or equal to 0"]),
+        ("arms.dose-25.dose=much", ["arms.dose-25.dose = 'much'", "valid number"]),
+        ("arms.dose-25.dose=0", ["arms", "exactly one arm has dose 0"]),
+        ("arms.dose-25.dose=0.5", ["arms.dose-50", "the same as arms.dose-25"]),
+        ("arms.dose-25.dose=0.001", ["arms.dose-25.dose = 0.001", "no trait prompt", "240"]),
+        ("arms.base.dose=0.3", ["arms", "'base'", "common start"]),
+        ("reward.trait=truthfullness", ["reward.trait = 'truthfullness'", "did you mean truthfulness?"]),
+        ("reward.domains=[helth]", ["reward.domains = 'helth'", "did you mean health?"]),
+        (
+            "eval.suites.capability.file=configs/suites/none.yaml",
+            ["capability.file = 'configs/suites/none.yaml'", "no such"],
+        ),
+        ("eval.suites.safety.file=x.yaml", ["eval.suites.safety", "'capability'"]),
+        ("base=embedded:smollm3", ["base = 'embedded:smollm3'", "embedded:smollm2-135m-instruct"]),
+        ("base=./nowhere", ["base = './nowhere'", "model directory"]),
+        ("base=justaname", ["base = 'justaname'", "org/model"]),
+        ("base=configs", ["base = 'configs'", "config.json"]),
+        ("seeds=[]", ["seeds = []"]),
+        ("seeds=[1,1]", ["seeds = [1, 1]", "different"]),
+        ("tracking.backend=tensorboard", ["tracking.backend = 'tensorboard'", "'wandb'"]),
+        ("standard.tasks.no_such_task={}", ["standard.tasks.no_such_task", "reasoning-gym"]),
+        ("standard.tasks.gcd.max_valeu=3", ["standard.tasks.gcd", "max_valeu"]),
+        ("standard.tasks.syllogism={}", ["standard.tasks.syllogism", "capability suite measures"]),
+        ("name=a/b", ["name = 'a/b'"]),
+        ("justakey", ["command line", "justakey", "key=value"]),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(config, tmp_path, monkeypatch, override, parts):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    line = run(str(config), override)
+    for part in parts:
+        assert part in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_in_the_file_names_the_file(config):
+    config.write_text(config.read_text().replace("steps: 30", "steps: thirty"))
+    line = run(str(config))
+    assert f"{config}: train.steps = 'thirty'" in line
+    assert "Optimizer steps" in line
+
+
+def test_a_missing_section_is_named(config):
+    content = yaml.safe_load(config.read_text())
+    del content["arms"]
+    config.write_text(yaml.safe_dump(content))
+    assert "arms is missing; add it" in run(str(config))
+
+
+def test_files_that_are_no_configs(tmp_path):
+    assert "did you mean configs/experiments/quickstart.yaml?" in run("quikstart.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    assert "not readable as YAML" in run(str(tmp_path / "broken.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "no `key: value` mapping" in run(str(tmp_path / "list.yaml"))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert "not readable as YAML" in run(str(tmp_path / "binary.yaml"))
+
+
+def test_overrides_change_scalars_lists_and_whole_sections(config):
+    words = ["train.steps=7", "seeds=[3,4]", "arms.dose-25.dose=0.1", "reward.learning_rate=1e-5"]
+    experiment = load_experiment(config, [*words, "eval.suites.capability.limit=null", "arms.tenth={dose: 0.01}"])
+    assert experiment.train.steps == 7
+    assert experiment.seeds == (3, 4)
+    assert experiment.arms["dose-25"].dose == 0.1
+    assert experiment.arms["tenth"].dose == 0.01
+    assert experiment.reward.learning_rate == 1e-5
+    assert experiment.eval.suites["capability"].limit is None
+
+
+def test_a_resolved_config_reads_back_as_the_same_experiment(config, tmp_path):
+    experiment = load_experiment(config, ["train.steps=7"])
+    copy = tmp_path / "config.yaml"
+    copy.write_text(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
+    assert load_experiment(copy) == experiment
