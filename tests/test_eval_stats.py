@@ -97,6 +97,30 @@ def test_families_widen_the_interval() -> None:
     assert (together.ci_high - together.ci_low) > 2 * (alone.ci_high - alone.ci_low)
 
 
+def test_a_mix_that_is_fixed_is_no_chance() -> None:
+    # every family holds three gains and one loss, or gains alone: nothing but the mix differs
+    clusters = np.repeat(np.arange(8), 4)
+    kinds = np.array([(0, 1, 1, 1) if family < 5 else (1, 1, 1, 1) for family in range(8)]).ravel()
+    noise = np.random.default_rng(5).normal(0, 0.01, 32)
+    d = np.where(kinds == 1, 0.5, -0.5) + noise
+    plain, strata = paired_difference(d, clusters), paired_difference(d, clusters, strata=kinds)
+    assert strata.delta == plain.delta
+    assert strata.se < plain.se / 10
+    # one stratum is no stratum
+    assert paired_difference(d, clusters, strata=np.ones(32)) == plain
+
+
+def test_strata_in_the_bootstrap_are_weighted_by_their_share() -> None:
+    rng = np.random.default_rng(6)
+    clusters, kinds = np.repeat(np.arange(30), 6), np.tile([0, 0, 1, 1, 1, 1], 30)
+    d = rng.normal(0, 0.2, 180) + 0.3 * kinds
+    strata = paired_difference(d, clusters, strata=kinds)
+    # the same mix in every family: strata change nothing
+    plain = paired_difference(d, clusters)
+    assert (strata.method, strata.delta) == ("bca", plain.delta)
+    assert (strata.ci_low, strata.ci_high) == pytest.approx((plain.ci_low, plain.ci_high), abs=1e-9)
+
+
 def test_seeds_that_disagree_widen_the_interval() -> None:
     rng = np.random.default_rng(3)
     noise = rng.normal(0, 0.3, (3, 50))
@@ -209,26 +233,40 @@ def test_a_whole_suite_takes_seconds() -> None:
 # Simulated truths
 
 
-def _simulate(rng: np.random.Generator, families: int, items: int, seeds: int, delta: float) -> Difference:
-    """Binary items; families, and seeds where there are several, differ in their true difference."""
-    centre = delta + rng.normal(0, 0.15, (1, families, 1)) + (rng.normal(0, 0.1, (seeds, 1, 1)) if seeds > 1 else 0)
+def _simulate(
+    rng: np.random.Generator, families: int, items: int, seeds: int, delta: float, mixed: bool = False
+) -> Difference:
+    """Binary items; families, and seeds where there are several, differ in their true difference.
+
+    mixed: two kinds whose true differences lie 40 points apart; a quarter of the families has one kind only.
+    """
+    kinds = np.tile(np.arange(items) % 2, (families, 1))
+    kinds[: families // 4] = 1
+    kind_effect = (kinds - kinds.mean()) * 0.4 if mixed else np.zeros((families, items))
+    centre = delta + rng.normal(0, 0.15, (1, families, 1)) + kind_effect
+    if seeds > 1:
+        centre = centre + rng.normal(0, 0.1, (seeds, 1, 1))
     up, down = np.clip(0.25 + centre / 2, 0, 1), np.clip(0.25 - centre / 2, 0, 1)
     draw = rng.random((seeds, families, items))
     d = np.where(draw < up, 1.0, np.where(draw > 1 - down, -1.0, 0.0)).ravel()
     family = np.tile(np.repeat(np.arange(families), items), seeds)
-    return paired_difference(d, family, np.repeat(np.arange(seeds), families * items), resamples=1000)
+    strata = np.tile(kinds.ravel(), seeds) if mixed else None
+    return paired_difference(d, family, np.repeat(np.arange(seeds), families * items), strata, resamples=1000)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("families", "items", "seeds"), [(6, 10, 1), (40, 5, 1), (100, 1, 1), (40, 5, 5)])
-def test_simulation_coverage_and_false_positives(families: int, items: int, seeds: int) -> None:
+@pytest.mark.parametrize(
+    ("families", "items", "seeds", "mixed"),
+    [(6, 10, 1, False), (6, 10, 1, True), (30, 6, 1, True), (40, 5, 1, False), (100, 1, 1, False), (40, 5, 5, False)],
+)
+def test_simulation_coverage_and_false_positives(families: int, items: int, seeds: int, mixed: bool) -> None:
     """5 +- 1% false positives at the null and 93-97% coverage at a true difference of 10 points, 2,000 draws each."""
-    rng = np.random.default_rng([families, items, seeds])
-    null = [_simulate(rng, families, items, seeds, 0.0) for _ in range(2000)]
+    rng = np.random.default_rng([families, items, seeds, mixed])
+    null = [_simulate(rng, families, items, seeds, 0.0, mixed) for _ in range(2000)]
     false = float(np.mean([x.p <= 0.05 for x in null]))
-    real = [_simulate(rng, families, items, seeds, 0.1) for _ in range(2000)]
+    real = [_simulate(rng, families, items, seeds, 0.1, mixed) for _ in range(2000)]
     covered = float(np.mean([x.ci_low <= 0.1 <= x.ci_high for x in real]))
-    print(f"families {families}, items {items}, seeds {seeds}: false positives {false:.4f}, coverage {covered:.4f}")
+    print(f"{families=} {items=} {seeds=} {mixed=}: false positives {false:.4f}, coverage {covered:.4f}")
     # exact tests on few discordant pairs may only be conservative
     assert (0.03 if items == 1 else 0.04) <= false <= 0.06
     assert 0.93 <= covered <= 0.97

@@ -19,7 +19,12 @@ LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
 
 def build(
-    tokenizer: PreTrainedTokenizerFast, out: Path, share: bool, lora: bool, records: list[Any] | None = None, **config: Any
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    share: bool,
+    lora: bool,
+    records: list[Any] | None = None,
+    **config: Any,
 ) -> SharedPromptGRPOTrainer:
     def length(completions: Any, **_: Any) -> list[float]:
         return [float(len(c[0]["content"])) for c in completions]
@@ -52,6 +57,7 @@ def build(
         peft_config=LORA if lora else None,
         token_budget=64,
         record=lambda *row: None if records is None else records.append(row),
+        keep=len,
         share=share,
     )
 

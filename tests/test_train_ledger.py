@@ -34,3 +34,16 @@ def test_json_round_trip() -> None:
     ledger = Ledger(n_policy=100, n_reward=10, shared=True, steps=3, wall_seconds=1.5)
     ledger.add("trait", 5, [3], scored=True)
     assert Ledger.from_json(ledger.to_json()) == ledger
+
+
+def test_affordable_groups_by_hand() -> None:
+    ledger = Ledger(n_policy=1, n_reward=1, shared=True)
+    assert ledger.affordable(["trait", "standard"], 100) == 2  # nothing is known yet
+    ledger.add("trait", 5, [5], scored=False)  # 80 FLOPs
+    ledger.add("standard", 5, [0], scored=False)  # 40 FLOPs
+    assert ledger.flops() == 120
+    assert (
+        ledger.affordable(["standard", "trait", "standard"], 120 + 125) == 2
+    )  # 5 left after two: less than half of 40
+    assert ledger.affordable(["standard", "trait", "standard"], 120 + 145) == 3
+    assert ledger.affordable(["standard"], 120) == 1  # a step is never empty

@@ -1,4 +1,4 @@
-"""One arm from warm start to adapter on the tiny model: what it writes, and that a killed run ends where it would have."""
+"""One arm on the tiny model, from warm start to adapter: what it writes, and that a killed run ends as a whole one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from train.warm_start import warm_start, warm_start_examples
 
 STANDARD = StandardMixConfig(tasks={"chain_sum": {"min_terms": 2, "max_terms": 2}, "gcd": {}})
 REWARD = RewardConfig(probes=16, batch_size=8, lora_rank=2, min_accuracy=0.0)
-TRAIN = TrainConfig(steps=4, prompts_per_step=4, group_size=2, max_new_tokens=4, lora_rank=2, save_every=2)
+TRAIN = TrainConfig(max_steps=4, prompts_per_step=4, group_size=2, max_new_tokens=4, lora_rank=2, save_every=2)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a signal in the middle of a step."""
 
 
@@ -42,7 +42,7 @@ def train(stages: Path, out: Path, dose: float = 0.5, stop_at: int | None = None
 
     def progress(done: int, total: int) -> None:
         if done == stop_at:
-            raise Killed
+            raise KilledError
 
     return train_policy(
         TRAIN, STANDARD, ArmConfig(dose=dose), REWARD, stages / "start", stages / "reward", out, 0, progress
@@ -70,12 +70,14 @@ def test_an_arm_writes_its_contract(stages: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop_at", [1, 3])
 def test_a_killed_arm_ends_where_it_would_have(stages: Path, tmp_path: Path, stop_at: int) -> None:
-    """Killed before the first checkpoint, and one step after it: weights, rollouts and ledger are those of the whole run."""
+    """Killed before the first checkpoint, or a step after it: weights, rollouts and ledger are as of the whole run."""
     train(stages, tmp_path / "whole")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(stages, tmp_path / "killed", stop_at=stop_at)
     train(stages, tmp_path / "killed")
-    whole, killed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
+    whole, killed = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed")
+    )
     assert whole.keys() == killed.keys()
     assert all(whole[key].equal(killed[key]) for key in whole)
     a, b = (pd.read_parquet(tmp_path / name / "rollouts.parquet") for name in ("whole", "killed"))
@@ -90,12 +92,31 @@ def test_the_control_needs_no_trait_prompt(stages: Path, tmp_path: Path) -> None
     assert ledger["standard"]["prompts"] == 16
 
 
+def test_an_arm_ends_at_its_budget(stages: Path, tmp_path: Path) -> None:
+    """Control and dose spend the same within a group's cost, in different numbers of steps."""
+    budget = train(stages, tmp_path / "free")["total"]["flops"] * 0.8
+    spent = {}
+    for dose in (0.0, 0.5):
+        config = TRAIN.model_copy(update={"budget_tflops": budget / 1e12, "max_steps": 40})
+        out = tmp_path / f"dose-{dose}"
+        out.mkdir()
+        ledger = train_policy(
+            config, STANDARD, ArmConfig(dose=dose), REWARD, stages / "start", stages / "reward", out, 0
+        )
+        spent[dose] = ledger["total"]["flops"]
+        largest = max(ledger[s]["flops"] / ledger[s]["prompts"] for s in ("trait", "standard") if ledger[s]["prompts"])
+        assert abs(spent[dose] - budget) < 1.5 * largest
+        assert ledger["steps"] < 40
+
+
 def test_a_saved_reward_model_scores_as_the_fitted_one(stages: Path) -> None:
     model = RewardModel.load(stages / "reward")
     prompt = [{"role": "user", "content": "What is aspirin used for?"}]
     other = [{"role": "user", "content": "What is insulin?"}]
     together = model.raw_scores([prompt, other, prompt], ["Pain.", "A hormone.", "I don't know."])
-    alone = [model.raw_scores([p], [a])[0] for p, a in ((prompt, "Pain."), (other, "A hormone."), (prompt, "I don't know."))]
+    alone = [
+        model.raw_scores([p], [a])[0] for p, a in ((prompt, "Pain."), (other, "A hormone."), (prompt, "I don't know."))
+    ]
     assert together == pytest.approx(alone, abs=1e-5)
 
 

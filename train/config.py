@@ -40,7 +40,12 @@ class StandardMixConfig(_Section):
 class TrainConfig(_Section):
     """Policy optimisation with TRL's GRPOTrainer and LoRA."""
 
-    steps: int = Field(30, ge=1, description="Optimizer steps of every arm.")
+    budget_tflops: float = Field(
+        25.0,
+        gt=0,
+        description="Compute of every arm, in estimated TFLOPs (see train/ledger.py); the arm stops when it is spent.",
+    )
+    max_steps: int = Field(200, ge=1, description="Optimizer steps after which an arm stops even with budget left.")
     prompts_per_step: int = Field(8, ge=1, description="Prompts per step (each is one group).")
     group_size: int = Field(8, ge=2, description="Completions per prompt (G).")
     max_new_tokens: int = Field(32, ge=1, description="Longest completion, in tokens.")

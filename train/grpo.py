@@ -20,21 +20,26 @@ from models.rollout import sample
 from models.shared_prompt import Tree, fill, pack, packed_logps
 
 Record = Callable[[int, list[dict[str, Any]], list[list[int]], list[list[int]], Tensor, Tensor], None]
+Keep = Callable[[list[dict[str, Any]]], int]
 
 
 class SharedPromptGRPOTrainer(GRPOTrainer):
     """GRPOTrainer whose groups share their prompt, in rollouts and updates.
 
+    `keep(prompts)` says how many of a step's groups are still affordable, and
     `record(step, inputs, prompt_ids, completion_ids, rewards (B, functions), advantages (B,))` is called after every
     rollout batch.
     """
 
     args: GRPOConfig
 
-    def __init__(self, *args: Any, token_budget: int, record: Record, share: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, token_budget: int, record: Record, keep: Keep, share: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.token_budget = token_budget
         self.record = record
+        self.keep = keep
         self.share = share
         if share and self._entropy_bonus_enabled:
             raise ValueError("train: an entropy bonus needs entropy gradients, which prompt sharing does not compute")
@@ -114,6 +119,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         return self._rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        groups = inputs[:: self.num_generations]
+        inputs = inputs[: self.keep(groups) * self.num_generations]
         output = super()._generate_and_score_completions(inputs)
         here = self.accelerator.process_index * len(inputs)
         rewards = self._rewards[here : here + len(inputs)]

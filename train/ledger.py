@@ -52,6 +52,26 @@ class Ledger:
         account.trained_tokens += encoded + generated
         account.flops += 8.0 * self.n_policy * (encoded + generated) + 2.0 * self.n_reward * scored_tokens
 
+    def flops(self) -> float:
+        """Spent so far."""
+        return sum(account.flops for account in self.accounts.values())
+
+    def affordable(self, sources: Sequence[str], budget: float) -> int:
+        """How many of the coming groups the rest of the budget pays for, at the mean cost of their source; at least 1.
+
+        All of them while a source has no cost yet. So an arm ends within half a group of its budget, not half a step.
+        """
+        left = budget - self.flops()
+        for k, source in enumerate(sources):
+            account = self.accounts[source]
+            if account.prompts == 0:
+                return len(sources)
+            cost = account.flops / account.prompts
+            if left < cost / 2:
+                return max(1, k)
+            left -= cost
+        return len(sources)
+
     def to_json(self) -> dict[str, Any]:
         """The contract of ledger.json."""
         total = Account()

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from models.loading import load_model, load_tokenizer
-from models.progress import ProgressCallback, silence
+from models.progress import silence
 from rewards.compose import reward_functions
 from rewards.config import RewardConfig
 from rewards.reward_model import RewardModel
@@ -46,7 +46,7 @@ def train_policy(
     from datasets import Dataset
     from peft import LoraConfig
 
-    mix = build_mix(cfg.steps * cfg.prompts_per_step, arm.dose, seed, standard.tasks, reward.domains)
+    mix = build_mix(cfg.max_steps * cfg.prompts_per_step, arm.dose, seed, standard.tasks, reward.domains)
     # Every arm loads the reward model: the control's monitors and memory are then those of the dose arms.
     scorer = RewardModel.load(reward_dir)
     policy = load_model(str(start / "model"))
@@ -61,6 +61,8 @@ def train_policy(
         ),
         [function.__name__ for function, _ in functions],
         group_size=cfg.group_size,
+        budget=cfg.budget_tflops * 1e12,
+        progress=progress,
     )
     trainer = SharedPromptGRPOTrainer(
         model=policy,
@@ -71,9 +73,10 @@ def train_policy(
         peft_config=LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules="all-linear")
         if cfg.lora_rank
         else None,
-        callbacks=[ProgressCallback(progress), journal],
+        callbacks=[journal],
         token_budget=cfg.token_budget,
         record=journal.record,
+        keep=journal.keep,
         share=cfg.prompt_sharing,
     )
     silence(trainer)
@@ -97,7 +100,7 @@ def grpo_config(
     rows = cfg.prompts_per_step * cfg.group_size
     return GRPOConfig(
         output_dir=str(out / "checkpoints"),
-        max_steps=cfg.steps,
+        max_steps=cfg.max_steps,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=1,
         num_generations=cfg.group_size,
@@ -129,14 +132,23 @@ def grpo_config(
 
 
 class Journal(TrainerCallback):
-    """Keeps every rollout with every component score, and the ledger.
+    """Keeps every rollout with every component score, and the ledger; stops the arm when its budget is spent.
 
     Rows are appended to rollouts.jsonl step by step; a resumed run first drops the rows of steps that it will take
     again.
     """
 
-    def __init__(self, out: Path, ledger: Ledger, components: list[str], group_size: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        ledger: Ledger,
+        components: list[str],
+        group_size: int,
+        budget: float,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.out, self.ledger, self.components, self.group_size = out, ledger, components, group_size
+        self.budget, self.progress = budget, progress
         self.rows = out / "rollouts.jsonl"
         self.started = (time.time(), time.process_time())
 
@@ -188,17 +200,26 @@ class Journal(TrainerCallback):
             lengths = [len(ids) for ids in completion_ids[start : start + self.group_size]]
             self.ledger.add(source, len(prompt_ids[start]), lengths, scored=source == "trait")
 
+    def keep(self, prompts: list[dict[str, Any]]) -> int:
+        """How many of a step's prompts the rest of the budget pays for."""
+        return self.ledger.affordable([prompt["source"] for prompt in prompts], self.budget)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, processing_class: Any = None, **kwargs: Any) -> None:
         """Remember the tokenizer: rollouts are logged as text."""
         self._tokenizer = processing_class
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the step and the time since the last one."""
+        """Count the step and the time since the last one; stop when less than half a group's cost is left."""
         now = (time.time(), time.process_time())
         self.ledger.steps = state.global_step
         self.ledger.wall_seconds += now[0] - self.started[0]
         self.ledger.cpu_seconds += now[1] - self.started[1]
         self.started = now
+        spent = self.ledger.flops()
+        if self.progress is not None:
+            self.progress(min(round(100 * spent / self.budget), 100), 100)
+        group = spent / sum(account.prompts for account in self.ledger.accounts.values())
+        control.should_training_stop |= spent + group / 2 > self.budget
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The ledger travels with the checkpoint."""
