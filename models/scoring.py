@@ -1,9 +1,10 @@
 """Score continuations for lm-eval with the prompt-sharing forward: the choices of a question share one pass over it.
 
-lm-eval's own HFLM runs every (context, continuation) pair through the model, padded to the longest of its batch. Here the pairs that
-share a context become one tree, many trees are packed into one sequence, nothing is padded, and only continuation positions reach
-the LM head (models/shared_prompt.py). Tokens are HFLM's: context and continuation are encoded together and split where the context
-ends, spaces at the end of a context move to the continuation, and too long contexts lose tokens on the left.
+lm-eval's own HFLM runs every (context, continuation) pair through the model, padded to the longest of its batch. Here
+the pairs that share a context become one tree, many trees are packed into one sequence, nothing is padded, and only
+continuation positions reach the LM head (models/shared_prompt.py). Tokens are HFLM's: context and continuation are
+encoded together and split where the context ends, spaces at the end of a context move to the continuation, and too long
+contexts lose tokens on the left.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TREES_PER_CALL = 16  # how often progress is told
 class SharedContextLM(TemplateLM):
     """An lm-eval LM over a model in memory. It scores continuations (`loglikelihood`); it does not generate.
 
-    max_context: most tokens of a context that are kept, from the right. progress is called with (pairs done, pairs in all).
+    max_context: how many tokens of a context are kept, from the right. progress gets (pairs done, pairs in all).
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class SharedContextLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Request], **kwargs: object) -> list[tuple[float, bool]]:
         """Group pairs by their context ids and score each group as one tree.
 
-        Where a choice merges with the end of its context into other tokens, its context ids differ and it gets a tree of its own.
-        The greedy flag is exact for a context with one continuation (lm-eval's `loglikelihood` tasks read it) and False for the
-        choices of a question, where acc and acc_norm ignore it.
+        A choice whose context has other ids than its siblings' lands in another tree. The greedy flag is exact for a
+        context with one continuation (lm-eval's `loglikelihood` tasks read it) and False for the choices of a question,
+        where acc and acc_norm ignore it.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
-        for i, (_, context, _) in enumerate(requests):
+        for i, (texts, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise ValueError(f"continuation {texts[1]!r} has no token of its own after {texts[0][-40:]!r}")
             groups.setdefault(tuple(context[-self.max_context :]), []).append(i)
         trees = [Tree(list(context), [requests[i][2] for i in members]) for context, members in groups.items()]
         members = list(groups.values())
@@ -95,7 +98,7 @@ class SharedContextLM(TemplateLM):
         return results
 
     def _is_greedy(self, context: list[int], continuation: list[int], lowest_logp: float) -> bool:
-        """Whether greedy decoding would give this continuation; a pass is needed only if the probabilities leave it open."""
+        """Whether greedy decoding would give this continuation; costs a pass only where probabilities leave it open."""
         probability = torch.tensor(lowest_logp).exp().item()
         if probability > 0.5:
             return True
