@@ -210,11 +210,15 @@ def _machine(run_dir: Path) -> dict[str, Any]:
 
 
 def difference(pairs: Frame, column: str = "value") -> Difference:
-    """Arm minus control over the pairs; clustered by domain and family, or by item where there is one family only."""
+    """Arm minus control over the pairs; clustered by domain and family, or by item where there is one family only.
+
+    Tasks that mix answerable with other probes do so in shares fixed by the suite: these are strata.
+    """
     d = pairs[f"{column}_arm"].to_numpy(np.float64) - pairs[f"{column}_control"].to_numpy(np.float64)
     families = (pairs["domain"] + "/" + pairs["family"]).to_numpy(str)
     clusters = families if len(set(families)) > 1 else (pairs["task"] + "/" + pairs["item"]).to_numpy(str)
-    return paired_difference(d, clusters, pairs["seed"].to_numpy())
+    strata = (pairs["kind"] == "answerable").to_numpy()
+    return paired_difference(d, clusters, pairs["seed"].to_numpy(), strata)
 
 
 def _numbers(pairs: Frame, base: float | None, column: str = "value", higher_is_better: bool = True) -> dict:

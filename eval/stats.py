@@ -3,10 +3,12 @@
 
 Every comparison of two arms is a set of differences d = value(arm) - value(control), one for each item and seed, both
 arms on the same item. Items of one family are not independent, and neither are items answered by the same trained seed,
-so the unit is the family (`clusters`), and the seed when there is more than one. Methods:
+so the unit is the family (`clusters`), and the seed when there is more than one. Where the design fixes the mix of
+kinds (half of the probes are answerable), `strata` keeps that mix from counting as chance. Methods:
 
 - interval: bias-corrected and accelerated (BCa) bootstrap over clusters (Efron 1987), by scipy;
-- p: sign flips of whole clusters (exact while 2^clusters is small; equal magnitudes reduce to McNemar's binomial);
+- p: sign flips of whole clusters (exact while 2^clusters is small; equal magnitudes reduce to McNemar's binomial),
+  or with strata the clustered t test;
 - few clusters (< FEW) or several seeds: t interval and t test on the two-way clustered variance (Cameron, Gelbach and
   Miller 2011) with Satterthwaite's degrees of freedom, because a bootstrap of a handful of units is too narrow;
 - no variance at all: an exact binomial bound on the share of units that could differ, where a bootstrap would say +-0;
@@ -80,6 +82,7 @@ def paired_difference(
     differences: ArrayLike,
     clusters: Sequence[Any] | NDArray[Any],
     seeds: Sequence[Any] | NDArray[Any] | None = None,
+    strata: Sequence[Any] | NDArray[Any] | None = None,
     *,
     level: float = 0.95,
     span: float = 1.0,
@@ -89,8 +92,8 @@ def paired_difference(
     """Mean of the differences (n,), its interval and its p against zero.
 
     `clusters` (n,) names each pair's family (the item itself where there are no families), `seeds` (n,) its training
-    seed. `span` is the largest possible |difference|. Raises ValueError on no pairs, on values that are not finite, and
-    on lengths that differ.
+    seed, `strata` (n,) its stratum, whose share in the mean is fixed. `span` is the largest possible |difference|.
+    Raises ValueError on no pairs, on values that are not finite, and on lengths that differ.
     """
     d = np.asarray(differences, dtype=np.float64)
     if d.ndim != 1 or d.size == 0:
@@ -99,21 +102,27 @@ def paired_difference(
         raise ValueError("paired_difference got a value that is not finite: drop pairs without a value first")
     g, n_clusters = _codes(clusters, d.size)
     s, n_seeds = _codes(seeds if seeds is not None else np.zeros(d.size), d.size)
+    k, n_strata = _codes(strata if strata is not None else np.zeros(d.size), d.size)
     delta = float(d.mean())
-    se, df = _clustered_se(d - delta, g, s, n_clusters, n_seeds)
-    sums = np.bincount(g, weights=d, minlength=n_clusters).astype(np.float64)
+    means = np.bincount(k, weights=d) / np.bincount(k)
+    se, df = _clustered_se(d - means[k], g, s, n_clusters, n_seeds, n_strata)
+    cell = (k * n_clusters + g, n_strata * n_clusters)
+    sums_KG = np.bincount(cell[0], weights=d, minlength=cell[1]).reshape(n_strata, n_clusters)
+    counts_KG = np.bincount(cell[0], minlength=cell[1]).reshape(n_strata, n_clusters).astype(np.float64)
+    sums = sums_KG.sum(axis=0)
     method: Method
     if se < 1e-12:
         method, se, df, p = "bound", 0.0, math.inf, sign_flip_p(sums, seed=seed)
         low, high = _bound(delta, n_clusters, level, span)
-    elif n_seeds > 1 or n_clusters < FEW:
+    elif n_seeds > 1 or n_clusters < FEW or int((counts_KG > 0).sum(axis=1).min()) < FEW // 2:
         method, p = "t", float(2 * _scipy.t.sf(abs(delta) / se, df))
         half = float(_scipy.t.ppf(0.5 + level / 2, df)) * se
         low, high = max(-span, delta - half), min(span, delta + half)
     else:
-        method, p = "bca", sign_flip_p(sums, seed=seed)
-        counts = np.bincount(g, minlength=n_clusters).astype(np.float64)
-        low, high = _bca(sums, counts, level, resamples, seed)
+        # flips of whole families would count the mix of kinds as chance
+        p = sign_flip_p(sums, seed=seed) if n_strata == 1 else float(2 * _scipy.t.sf(abs(delta) / se, df))
+        method = "bca"
+        low, high = _bca(sums_KG, counts_KG, level, resamples, seed)
     return Difference(d.size, n_clusters, n_seeds, delta, low, high, p, se, df, method)
 
 
@@ -215,20 +224,28 @@ def _total(x: Floats, axis: int = -1) -> Floats:
     return cast(Floats, x.sum(axis=axis))
 
 
-def _ratio(sums: Floats, counts: Floats, axis: int = -1) -> Floats:
-    return cast(Floats, sums.sum(axis=axis) / counts.sum(axis=axis))
+def _bca(sums_KG: Floats, counts_KG: Floats, level: float, resamples: int, seed: int) -> tuple[float, float]:
+    """BCa interval over clusters of the strata's means, each weighted by its share of the pairs."""
+    K, G = sums_KG.shape
+    shares = counts_KG.sum(axis=1) / counts_KG.sum()
+    means = sums_KG.sum(axis=1) / counts_KG.sum(axis=1)
 
+    def statistic(*columns: Floats, axis: int = -1) -> Floats:
+        total = np.zeros(())
+        for k in range(K):
+            n, sums = _total(columns[K + k], axis), _total(columns[k], axis)
+            # a resample that misses a stratum keeps the stratum's mean
+            total = total + shares[k] * np.where(n > 0, sums / np.maximum(n, 1), means[k])
+        return total
 
-def _bca(sums: Floats, counts: Floats, level: float, resamples: int, seed: int) -> tuple[float, float]:
-    """BCa interval of sum(sums) / sum(counts) over clusters."""
     result = _scipy.bootstrap(
-        (sums, counts),
-        _ratio,
+        (*sums_KG, *counts_KG),
+        statistic,
         paired=True,
         vectorized=True,
         confidence_level=level,
         n_resamples=resamples,
-        batch=max(1, 4_000_000 // sums.size),
+        batch=max(1, 4_000_000 // G),
         method="BCa",
         rng=np.random.default_rng(seed),
     )
@@ -236,17 +253,20 @@ def _bca(sums: Floats, counts: Floats, level: float, resamples: int, seed: int) 
     return float(low), float(high)
 
 
-def _clustered_se(e: Floats, g: NDArray[np.intp], s: NDArray[np.intp], G: int, S: int) -> tuple[float, float]:
-    """Standard error of the mean and Satterthwaite's degrees of freedom; residuals e (n,), families g, seeds s (n,)."""
+def _clustered_se(e: Floats, g: NDArray[np.intp], s: NDArray[np.intp], G: int, S: int, K: int) -> tuple[float, float]:
+    """Standard error of the mean and Satterthwaite's degrees of freedom; residuals e (n,), families g, seeds s (n,).
+
+    Each of the K strata's means that the residuals are taken from costs the families one degree.
+    """
     by_family = _cluster_variance(e, g, G)
     if S == 1:
-        return math.sqrt(by_family), max(1.0, G - 1.0)
+        return math.sqrt(by_family), max(1.0, G - K)
     by_seed = _cluster_variance(e, s, S)
     cell, cells = _codes(g * S + s, e.size)
     variance = max(by_family + by_seed - _cluster_variance(e, cell, cells), by_family, by_seed)
     if variance <= 0:
         return 0.0, math.inf
-    df = variance**2 / (by_family**2 / max(1, G - 1) + by_seed**2 / (S - 1))
+    df = variance**2 / (by_family**2 / max(1, G - K) + by_seed**2 / (S - 1))
     return math.sqrt(variance), max(1.0, df)
 
 
