@@ -107,14 +107,14 @@ def paired_difference(
     means = np.bincount(k, weights=d) / np.bincount(k)
     se, df = _clustered_se(d - means[k], g, s, n_clusters, n_seeds, n_strata)
     cell = (k * n_clusters + g, n_strata * n_clusters)
-    sums_KG = np.bincount(cell[0], weights=d, minlength=cell[1]).reshape(n_strata, n_clusters)
+    sums_KG = np.bincount(cell[0], weights=d, minlength=cell[1]).reshape(n_strata, n_clusters).astype(np.float64)
     counts_KG = np.bincount(cell[0], minlength=cell[1]).reshape(n_strata, n_clusters).astype(np.float64)
-    sums = sums_KG.sum(axis=0)
+    sums = _total(sums_KG, 0)
     method: Method
     if se < 1e-12:
         method, se, df, p = "bound", 0.0, math.inf, sign_flip_p(sums, seed=seed)
         low, high = _bound(delta, n_clusters, level, span)
-    elif n_seeds > 1 or n_clusters < FEW or int((counts_KG > 0).sum(axis=1).min()) < FEW // 2:
+    elif n_seeds > 1 or n_clusters < FEW or int(np.count_nonzero(counts_KG, axis=1).min()) < FEW // 2:
         method, p = "t", float(2 * _scipy.t.sf(abs(delta) / se, df))
         half = float(_scipy.t.ppf(0.5 + level / 2, df)) * se
         low, high = max(-span, delta - half), min(span, delta + half)
@@ -226,7 +226,7 @@ def _total(x: Floats, axis: int = -1) -> Floats:
 
 def _bca(sums_KG: Floats, counts_KG: Floats, level: float, resamples: int, seed: int) -> tuple[float, float]:
     """BCa interval over clusters of the strata's means, each weighted by its share of the pairs."""
-    K, G = sums_KG.shape
+    K, G = len(sums_KG), int(sums_KG.shape[1])
     shares = counts_KG.sum(axis=1) / counts_KG.sum()
     means = sums_KG.sum(axis=1) / counts_KG.sum(axis=1)
 
