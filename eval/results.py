@@ -401,9 +401,12 @@ def _ledger(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[st
         ledger[arm] = spent
     for spent in ledger.values():
         control = ledger[CONTROL]["total"]
-        relative = {k: spent["total"][k] / control[k] - 1 if control[k] else 0.0 for k in LEDGER_KEYS}
+        # without trait prompts control scores no tokens; what scoring costs is in the FLOPs
+        relative = {k: spent["total"][k] / control[k] - 1 if control[k] else None for k in LEDGER_KEYS}
         spent["relative_to_control"] = relative
-        spent["off_budget"] = [key for key, share in relative.items() if abs(share) > BUDGET_TOLERANCE]
+        spent["off_budget"] = [
+            k for k, share in relative.items() if share is not None and abs(share) > BUDGET_TOLERANCE
+        ]
     return ledger
 
 

@@ -128,6 +128,8 @@ def _train(folder: Path, rng: np.random.Generator, dose: float) -> None:
                "trained_tokens": 40000 * share, "flops": 1e13 * share * (1.04 if dose > 0.1 else 1.0)}
         for part, share in (("trait", dose), ("standard", 1 - dose), ("total", 1.0))
     }  # fmt: skip
+    for part, share in (("trait", dose), ("standard", 0), ("total", dose)):
+        books[part]["scored_tokens"] = 50000 * share  # only trait prompts are scored
     ledger = {"steps": 20, **books, "wall_seconds": 100.0, "cpu_seconds": 190.0}
     (folder / "ledger.json").write_text(json.dumps(ledger))
 
@@ -232,6 +234,8 @@ def test_ledger_split_and_budget(results: dict[str, Any]) -> None:
     assert book["total"]["prompts"] == 160
     assert book["relative_to_control"]["flops"] == pytest.approx(0.04)
     assert book["off_budget"] == ["flops"]
+    assert book["total"]["scored_tokens"] == 12500
+    assert book["relative_to_control"]["scored_tokens"] is None  # control scores none
     assert results["ledger"]["dose-05"]["off_budget"] == []
     assert [c["holds"] for c in results["claims"] if c["id"] == "budget"] == [True, False]
 
