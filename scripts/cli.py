@@ -25,7 +25,7 @@ app = typer.Typer(
 
 Config = Annotated[Path, typer.Argument(help="Experiment file, for example configs/experiments/quickstart.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to the file: key=value, for example train.steps=10.")
+    list[str] | None, typer.Argument(help="Changes to the file: key=value, for example train.budget_tflops=10.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")]
 

@@ -111,7 +111,9 @@ def _read(path: Path) -> Any:
 def _override(tree: Any, override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise ValueError(f"command line: {override!r} is no override; write key=value, for example train.steps=10")
+        raise ValueError(
+            f"command line: {override!r} is no override; write key=value, for example train.budget_tflops=10"
+        )
     try:
         OmegaConf.update(tree, key, yaml.safe_load(text))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
@@ -185,7 +187,7 @@ def _mistakes(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:
     yield from _wrong_base(experiment.base)
     if len(set(experiment.seeds)) < len(experiment.seeds) or min(experiment.seeds) < 0:
         yield "seeds", list(experiment.seeds), "seeds are different numbers from 0 up"
-    yield from _wrong_arms(experiment.arms, experiment.train.steps * experiment.train.prompts_per_step)
+    yield from _wrong_arms(experiment.arms, experiment.train.max_steps * experiment.train.prompts_per_step)
     for key, value in _leaves(experiment.model_dump(mode="json")):
         name = key.rsplit(".", 1)[-1]
         if name == "trait" and value not in trait_names():

@@ -15,16 +15,17 @@ import shutil
 import statistics
 import struct
 from dataclasses import dataclass
-from math import floor
+from math import ceil, floor
 from pathlib import Path
 
 import psutil
 import yaml
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from eval.generalisation_items import GENERATED, Choices, Request, Twins, load_items, load_suite
-from models.embedded import EMBEDDED, gguf_path
+from models.embedded import EMBEDDED, cache_dir, gguf_path
 from rewards.probes import Probe
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.run import list_stages, whole_stages
@@ -37,10 +38,11 @@ FORWARD_RATE = 75e9
 SAMPLE_RATE = 36e9  # token by token, 32 completions at a time
 LOAD_SECONDS = 8  # a stage's imports and weights
 
-CHARS_PER_TOKEN = 3.5  # English and sums with a vocabulary of 49k; other vocabularies differ by about a fifth
-TEMPLATE_TOKENS = 35  # chat template with its default system prompt
+CHARS_PER_TOKEN = 3.8  # English and sums with a vocabulary of 49k; other vocabularies differ by about a fifth
+TEMPLATE_TOKENS = 30  # chat template with its default system prompt
 CAPABILITY_TOKENS = 170  # mean of a benchmark item with all its choices
-ANSWER_TOKENS = 25  # mean of an authored answer
+EXAMPLE_TOKENS = 55  # question and authored answer in the chat template
+ANSWERS = 3  # of a probe that the reward model is fitted on, at most
 
 GB = 1e9
 
@@ -68,20 +70,23 @@ class Cost:
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """One arm with one seed."""
+    """One arm with one seed. Steps and prompts are the least that the budget pays for: shorter answers buy more."""
 
+    steps: int
     trait_prompts: int
     standard_prompts: int
     completions: int
-    generated: int  # tokens, at most
     cost: Cost
 
 
 def model_size(base: str) -> Size | None:
     """A base's size from its GGUF header, its config.json and weight headers, or a hub id's name; else None."""
-    if base in EMBEDDED:
-        return _gguf_size(gguf_path(base))
     folder = Path(base).expanduser()
+    if base in EMBEDDED:
+        converted = sorted((cache_dir() / "models").glob(f"{base.removeprefix('embedded:')}-*"))
+        if not converted:  # the long way: the header holds the whole vocabulary
+            return gguf_size(gguf_path(base))
+        folder = converted[-1]
     if not folder.is_dir():
         found = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", base.rsplit("/", 1)[-1].lower())
         return Size(float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]], 0, 0, 0, 0, "its name") if found else None
@@ -95,28 +100,31 @@ def model_size(base: str) -> Size | None:
 
 
 def plan_arm(experiment: Experiment, arm: str, parameters: float, cores: int) -> ArmPlan:
-    """What one arm costs with one seed. Prompt lengths are the mean of its first 200 prompts."""
-    train, dose = experiment.train, experiment.arms[arm].dose
-    n, group = train.steps * train.prompts_per_step, train.group_size
-    mix = build_mix(min(n, 200), dose, experiment.seeds[0], experiment.standard.tasks, experiment.reward.domains)
+    """What one arm does with one seed. Prompt lengths are the mean of its first 200 prompts."""
+    train, dose, group = experiment.train, experiment.arms[arm].dose, experiment.train.group_size
+    most = train.max_steps * train.prompts_per_step
+    mix = build_mix(min(most, 200), dose, experiment.seeds[0], experiment.standard.tasks, experiment.reward.domains)
     length = statistics.mean(text_tokens(prompt["prompt"][0]["content"]) for prompt in mix)
-    trait = floor(n * dose + 1e-9)
-    generated = n * group * train.max_new_tokens
-    rolled = n * length * (1 if train.prompt_sharing else group) + generated
-    scored = trait * group * (length + train.max_new_tokens)
+    rolled = length * (1 if train.prompt_sharing else group) + group * train.max_new_tokens  # tokens of one prompt
+    scored = dose * group * (length + train.max_new_tokens)
     flops = (2 * parameters * rolled, 2 * parameters * scored, 6 * parameters * rolled)
-    rates = (SAMPLE_RATE, FORWARD_RATE, LEARN_RATE)
-    seconds = LOAD_SECONDS + sum(work / rate for work, rate in zip(flops, rates, strict=True)) / cores
-    return ArmPlan(trait, n - trait, n * group, generated, Cost(2 * rolled + scored, sum(flops), seconds))
+    affordable = train.budget_tflops * 1e12 / sum(flops) if parameters else most
+    prompts = min(affordable, most)
+    seconds = (
+        sum(work / rate for work, rate in zip(flops, (SAMPLE_RATE, FORWARD_RATE, LEARN_RATE), strict=True)) / cores
+    )
+    n = floor(prompts)
+    trait = floor(n * dose + 1e-9)
+    cost = Cost(prompts * (2 * rolled + scored), prompts * sum(flops), LOAD_SECONDS + prompts * seconds)
+    return ArmPlan(ceil(prompts / train.prompts_per_step), trait, n - trait, n * group, cost)
 
 
 def plan_stages(experiment: Experiment, parameters: float, cores: int) -> dict[str, Cost]:
     """Cost of each kind of stage: start, reward, train/<arm>, eval."""
     warm, reward = experiment.warm_start, experiment.reward
-    example = TEMPLATE_TOKENS + 2 * ANSWER_TOKENS
     costs = {
-        "start": _cost(warm.examples * warm.epochs * example, 6 * parameters, LEARN_RATE, cores),
-        "reward": _cost(2 * reward.pairs * reward.epochs * example, 6 * parameters, LEARN_RATE, cores),
+        "start": _cost(warm.examples * warm.epochs * EXAMPLE_TOKENS, 6 * parameters, LEARN_RATE, cores),
+        "reward": _cost(reward.probes * reward.epochs * ANSWERS * EXAMPLE_TOKENS, 6 * parameters, LEARN_RATE, cores),
         "eval": plan_eval(experiment, parameters, cores),
     }
     return costs | {f"train/{arm}": plan_arm(experiment, arm, parameters, cores).cost for arm in experiment.arms}
@@ -218,12 +226,13 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
     facts.add_row("standard", ", ".join(experiment.standard.tasks))
     facts.add_row(
         "training",
-        f"{train.steps} steps of {train.prompts_per_step} prompts x {train.group_size} completions, "
-        f"at most {train.max_new_tokens} tokens each",
+        f"{train.budget_tflops:g} TFLOPs an arm, in steps of {train.prompts_per_step} prompts x {train.group_size} "
+        f"completions, at most {train.max_new_tokens} tokens each and {train.max_steps} steps",
     )
     for name, suite in experiment.eval.suites.items():
         facts.add_row("eval", f"{name}: {_suite_summary(experiment, name, find_file(suite.file), suite.limit)}")
-    facts.add_row("folder", f"{run_dir}, {len(whole)} of {len(stages)} stages are whole already")
+    facts.add_row("folder", str(run_dir))
+    facts.add_row("stages", f"{len(whole)} of {len(stages)} are whole already")
     console.print(facts)
 
     console.print(_arms_table(experiment, parameters, cores))
@@ -252,28 +261,33 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
 
 def _arms_table(experiment: Experiment, parameters: float, cores: int) -> Table:
     seeds = ", ".join(map(str, experiment.seeds))
-    table = Table(title=f"Arms, each with one seed (seeds: {seeds})", title_justify="left", title_style="bold")
-    for head in ("arm", "dose", "trait", "standard", "completions", "tokens ≤", "FLOPs ≤", "about"):
-        table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=head != "arm")
+    table = _table(f"Arms, each with one seed (seeds: {seeds})")
+    table.caption = "trait, standard: prompts. For answers of full length; shorter ones buy more."
+    for head in ("arm", "dose", "steps", "trait", "standard", "completions", "FLOPs", "about"):
+        table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
     for name, arm in experiment.arms.items():
         plan = plan_arm(experiment, name, parameters, cores)
         table.add_row(
             name,
             f"{arm.dose:g}",
+            f"{plan.steps}",
             f"{plan.trait_prompts:,}",
             f"{plan.standard_prompts:,}",
             f"{plan.completions:,}",
-            f"{plan.generated:,}",
             f"{plan.cost.flops:.1e}" if parameters else "?",
             duration(plan.cost.seconds) if parameters else "?",
         )
     return table
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=SIMPLE)
+
+
 def _stages_table(costs: dict[str, Cost], stages: list[str], whole: set[str]) -> Table:
-    table = Table(title="Stages", title_justify="left", title_style="bold")
+    table = _table("Stages")
     for head in ("stage", "how often", "whole", "tokens ≤", "FLOPs ≤", "about, each"):
-        table.add_column(head, justify="left" if head == "stage" else "right", no_wrap=head != "stage")
+        table.add_column(head, justify="left" if head == "stage" else "right", no_wrap=True)
     for kind, cost in costs.items():
         names = [name for name in stages if _kind(name) == kind]
         table.add_row(
@@ -326,7 +340,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _gguf_size(path: Path) -> Size:
+def gguf_size(path: Path) -> Size:
+    """Size of a model in a GGUF file, from its header."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)

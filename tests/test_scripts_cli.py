@@ -14,12 +14,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from models.embedded import gguf_path
 from scripts import experiment as experiments
 from scripts import run as runs
 from scripts.cli import app
 from scripts.doctor import found_keys, hub_reachable, version_differences
 from scripts.experiment import load_experiment
-from scripts.plan import model_size, plan_arm
+from scripts.plan import gguf_size, model_size, plan_arm
 from scripts.run import list_stages, whole_stages
 from scripts.stages import run_stage
 
@@ -50,8 +51,8 @@ def config(tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> P
         "warm_start": {"examples": 8, "batch_size": 8},
         "arms": {"control": {"dose": 0.0}, "half": {"dose": 0.5}},
     }
-    content["reward"] |= {"pairs": 16, "min_accuracy": 0.0}
-    content["train"] |= {"steps": 2, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 4}
+    content["reward"] |= {"probes": 16, "min_accuracy": 0.0}
+    content["train"] |= {"max_steps": 2, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 4}
     content["eval"]["suites"]["generalisation"]["limit"] = 2
     del content["eval"]["suites"]["capability"]
     path = tmp_path / "mine.yaml"
@@ -90,8 +91,8 @@ def test_plan_counts_what_a_run_would_do_without_a_model_or_a_connection(config,
     text = invoke("plan", str(config), "seeds=[0,1]", "--out", str(tmp_path / "out")).stdout
     assert not (tmp_path / "out").exists()
     assert "lm_eval.evaluator" not in set(sys.modules) - before
-    assert "0 of 11 stages are whole" in text  # start, reward, base; train and eval of 2 arms with 2 seeds
-    assert "2 steps of 2 prompts x 2 completions" in text
+    assert "0 of 11 are whole already" in text  # start, reward, base; train and eval of 2 arms with 2 seeds
+    assert "in steps of 2 prompts x 2 completions" in text
     assert "6N forward and backward" in text
 
     experiment = load_experiment(config)
@@ -101,13 +102,12 @@ def test_plan_counts_what_a_run_would_do_without_a_model_or_a_connection(config,
     assert size.parameters == 259 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
     half = plan_arm(experiment, "half", size.parameters, cores=2)
     control = plan_arm(experiment, "control", size.parameters, cores=2)
-    assert (half.trait_prompts, half.standard_prompts, half.completions, half.generated) == (2, 2, 8, 32)
+    assert (half.steps, half.trait_prompts, half.standard_prompts, half.completions) == (2, 2, 2, 8)
     assert (control.trait_prompts, control.standard_prompts, control.completions) == (0, 4, 8)
 
 
 def test_the_embedded_base_is_measured_from_its_header():
-    size = model_size("embedded:smollm2-135m-instruct")
-    assert size is not None
+    size = gguf_size(gguf_path("embedded:smollm2-135m-instruct"))
     assert (size.parameters, size.layers, size.hidden, size.inner, size.vocabulary) == (
         134_515_008,
         30,
@@ -181,7 +181,7 @@ def test_what_a_changed_key_does_over(config, tmp_path):
     assert stale() == set()
     assert stale("train.save_every=1", "reward.min_accuracy=0.1", "tracking.project=other") == set()
     assert stale("arms.half.dose=0.25") == {"arms/half/seed-0/train", "arms/half/seed-0/eval"}
-    assert stale("train.steps=3") == {
+    assert stale("train.max_steps=3") == {
         f"arms/{arm}/seed-0/{kind}" for arm in ("control", "half") for kind in ("train", "eval")
     }
     assert stale("eval.suites.generalisation.limit=4") == {f"arms/{a}/seed-0/eval" for a in ("base", "control", "half")}

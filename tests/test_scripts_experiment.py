@@ -53,14 +53,14 @@ def test_every_shipped_experiment_is_valid():
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("train.stpes=3", ["command line", "train.stpes", "3", "did you mean steps?"]),
-        ("trian.steps=3", ["trian", "did you mean train?"]),
+        ("train.max_stpes=3", ["command line", "train.max_stpes", "3", "did you mean max_steps?"]),
+        ("trian.max_steps=3", ["trian", "did you mean train?"]),
         ("arms.dose-25.dose=1.5", ["command line", "arms.dose-25.dose = 1.5", "less than or equal to 1", "Share of"]),
         ("arms.dose-25.dose=-0.1", ["arms.dose-25.dose = -0.1", "greater than or equal to 0"]),
         ("arms.dose-25.dose=much", ["arms.dose-25.dose = 'much'", "valid number"]),
         ("arms.dose-25.dose=0", ["arms", "exactly one arm has dose 0"]),
         ("arms.dose-25.dose=0.5", ["arms.dose-50", "the same as arms.dose-25"]),
-        ("arms.dose-25.dose=0.001", ["arms.dose-25.dose = 0.001", "no trait prompt", "240"]),
+        ("arms.dose-25.dose=0.0001", ["arms.dose-25.dose = 0.0001", "no trait prompt", "1600"]),
         ("arms.base.dose=0.3", ["arms", "'base'", "common start"]),
         ("reward.trait=truthfullness", ["reward.trait = 'truthfullness'", "did you mean truthfulness?"]),
         ("reward.domains=[helth]", ["reward.domains = 'helth'", "did you mean health?"]),
@@ -93,10 +93,10 @@ def test_a_mistake_gets_one_clear_line(config, tmp_path, monkeypatch, override, 
 
 
 def test_a_mistake_in_the_file_names_the_file(config):
-    config.write_text(config.read_text().replace("steps: 30", "steps: thirty"))
+    config.write_text(config.read_text().replace("group_size: 8", "group_size: eight"))
     line = run(str(config))
-    assert f"{config}: train.steps = 'thirty'" in line
-    assert "Optimizer steps" in line
+    assert f"{config}: train.group_size = 'eight'" in line
+    assert "Completions per prompt" in line
 
 
 def test_a_missing_section_is_named(config):
@@ -117,18 +117,18 @@ def test_files_that_are_no_configs(tmp_path):
 
 
 def test_overrides_change_scalars_lists_and_whole_sections(config):
-    words = ["train.steps=7", "seeds=[3,4]", "arms.dose-25.dose=0.1", "reward.learning_rate=1e-5"]
-    experiment = load_experiment(config, [*words, "eval.suites.capability.limit=null", "arms.tenth={dose: 0.01}"])
-    assert experiment.train.steps == 7
+    words = ["train.max_steps=7", "seeds=[3,4]", "arms.dose-25.dose=0.1", "reward.learning_rate=1e-5"]
+    experiment = load_experiment(config, [*words, "eval.suites.capability.limit=null", "arms.tenth={dose: 0.02}"])
+    assert experiment.train.max_steps == 7
     assert experiment.seeds == (3, 4)
     assert experiment.arms["dose-25"].dose == 0.1
-    assert experiment.arms["tenth"].dose == 0.01
+    assert experiment.arms["tenth"].dose == 0.02
     assert experiment.reward.learning_rate == 1e-5
     assert experiment.eval.suites["capability"].limit is None
 
 
 def test_a_resolved_config_reads_back_as_the_same_experiment(config, tmp_path):
-    experiment = load_experiment(config, ["train.steps=7"])
+    experiment = load_experiment(config, ["train.max_steps=7"])
     copy = tmp_path / "config.yaml"
     copy.write_text(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
     assert load_experiment(copy) == experiment
