@@ -40,7 +40,7 @@ LOAD_SECONDS = 8  # a stage's imports and weights
 
 CHARS_PER_TOKEN = 3.8  # English and sums with a vocabulary of 49k; other vocabularies differ by about a fifth
 TEMPLATE_TOKENS = 30  # chat template with its default system prompt
-CAPABILITY_TOKENS = 170  # mean of a benchmark item with all its choices
+CAPABILITY_TOKENS = 55  # a benchmark item with all its choices, mean of 20 from each of the 53
 EXAMPLE_TOKENS = 55  # question and authored answer in the chat template
 ANSWERS = 3  # of a probe that the reward model is fitted on, at most
 

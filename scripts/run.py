@@ -52,7 +52,9 @@ class Stage:
 def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
     """The stages of a run in the order in which they are made."""
     seed = experiment.seeds[0]
-    shared = {"base": fingerprint(experiment.base), "seed": seed, "data": hash_files(BANK, TRAITS)}
+    banks = [BANK / f"{domain}.yaml" for domain in ("everyday", *experiment.reward.domains)]  # all that training asks
+    data = hash_files(*banks, TRAITS / f"{experiment.reward.trait}.md")
+    shared = {"base": fingerprint(experiment.base), "seed": seed, "data": data}
     stages = [
         Stage(
             "start",
@@ -74,7 +76,7 @@ def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
                 "train": _hashed(experiment.train),
                 "standard": _hashed(experiment.standard),
                 "reward": _hashed(experiment.reward),
-                "data": shared["data"],
+                "data": data,
                 "seed": seed,
             }
             train = Stage(
