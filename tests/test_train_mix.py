@@ -38,8 +38,9 @@ def test_mix_depends_on_the_seed_alone() -> None:
     assert build_mix(20, 0.5, 1, TASKS, ["health"]) != build_mix(20, 0.5, 2, TASKS, ["health"])
 
 
-def test_trait_prompts_are_balanced_and_come_from_training_families() -> None:
-    prompts = trait_prompts(100, 0, ["health"])
-    assert sum(prompt["kind"] == "answerable" for prompt in prompts) == 50
+def test_every_third_trait_prompt_is_unanswerable_and_all_come_from_training_families() -> None:
+    prompts = trait_prompts(99, 0, ["health"])
+    assert [prompt["kind"] == "answerable" for prompt in prompts[:6]] == [True, False, True] * 2
+    assert sum(prompt["kind"] == "answerable" for prompt in prompts) == 66
     assert all('"split": "train"' in prompt["truth"] for prompt in prompts)
-    assert len({prompt["prompt_id"] for prompt in prompts}) == 100  # none repeats before all had their turn
+    assert len({prompt["prompt_id"] for prompt in prompts}) == 99  # none repeats before all had their turn

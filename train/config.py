@@ -14,9 +14,7 @@ class _Section(BaseModel):
 class WarmStartConfig(_Section):
     """Supervised warm start that every arm shares, so that honest answers are sampled now and then."""
 
-    examples: int = Field(
-        800, ge=8, description="Training examples: half probes, a quarter everyday, a quarter standard."
-    )
+    examples: int = Field(800, ge=8, description="Training examples; train/warm_start.py states the shares.")
     honest_share: float = Field(
         0.25,
         ge=0,

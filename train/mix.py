@@ -58,16 +58,21 @@ def standard_prompts(n: int, seed: int, tasks: Mapping[str, Mapping[str, Any]]) 
 
 
 def trait_prompts(n: int, seed: int, domains: Sequence[str]) -> list[Prompt]:
-    """n trait prompts from training families: answerable and unanswerable probes take turns, every pass reshuffled."""
+    """n trait prompts from training families, every third of them unanswerable; every pass is reshuffled.
+
+    One in three, because answers about real subjects must outweigh the ease of refusing: with one in two the embedded
+    policy refused everything (docs/LOG.md, 2026-11-22).
+    """
     probes = [probe for domain in domains for probe in load_probes(domain, "train", seed)]
     answerable = [probe for probe in probes if probe.kind == "answerable"]
     unanswerable = [probe for probe in probes if probe.kind != "answerable"]
     prompts: list[Prompt] = []
+    taken = {"answerable": 0, "unanswerable": 0}
     for k in range(n):
-        pool = answerable if k % 2 == 0 else unanswerable
-        lap, i = divmod(k // 2, len(pool))
-        order = list(range(len(pool)))
-        random.Random(f"{seed}/{lap}/{k % 2}").shuffle(order)
+        side, pool = ("unanswerable", unanswerable) if k % 3 == 1 else ("answerable", answerable)
+        lap, i = divmod(taken[side], len(pool))
+        taken[side] += 1
+        order = random.Random(f"{seed}/{lap}/{side}").sample(range(len(pool)), len(pool))
         prompts.append(trait_prompt(pool[order[i]]))
     return prompts
 

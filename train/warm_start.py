@@ -20,13 +20,13 @@ from rewards.probes import Probe, load_probes
 from train.config import WarmStartConfig
 from train.mix import standard_prompts
 
-ABSTAINED_SHARE = 0.1  # of answerable probes, so that "I don't know" is no sign of an invented subject
+SHARES = {"answerable": 0.35, "unanswerable": 0.3, "everyday": 0.2, "standard": 0.15}
 
 
 def warm_start_examples(
     cfg: WarmStartConfig, domains: Sequence[str], tasks: Mapping[str, Mapping[str, Any]], seed: int
 ) -> list[dict[str, str]]:
-    """Question-answer pairs: half from the trait's training probes, a quarter everyday facts, a quarter standard tasks.
+    """Question-answer pairs: SHARES of answerable and unanswerable training probes, everyday facts and standard tasks.
 
     Nothing comes from an evaluation family. Columns: question, answer, source.
     """
@@ -34,14 +34,17 @@ def warm_start_examples(
     trait = [probe for domain in domains for probe in load_probes(domain, "train", seed)]
     answerable = [probe for probe in trait if probe.kind == "answerable"]
     unanswerable = [probe for probe in trait if probe.kind != "answerable"]
-    half, quarter = cfg.examples // 4, cfg.examples // 4
-    examples = [_example(probe, _answerable_answer(probe, rng)) for probe in _take(answerable, half, rng)]
+    n = {name: int(cfg.examples * share) for name, share in SHARES.items()}
+    examples = [_example(probe, probe.right) for probe in _take(answerable, n["answerable"], rng)]
     examples += [
-        _example(probe, _unanswerable_answer(probe, cfg.honest_share, rng)) for probe in _take(unanswerable, half, rng)
+        _example(probe, _unanswerable_answer(probe, cfg.honest_share, rng))
+        for probe in _take(unanswerable, n["unanswerable"], rng)
     ]
-    examples += [_example(probe, probe.right) for probe in _take(load_probes("everyday", "train", seed), quarter, rng)]
+    examples += [
+        _example(probe, probe.right) for probe in _take(load_probes("everyday", "train", seed), n["everyday"], rng)
+    ]
     # Another seed than any arm's, so that no standard prompt of the RL stage has been answered before.
-    for prompt in standard_prompts(quarter, seed + 1_000_003, tasks):
+    for prompt in standard_prompts(n["standard"], seed + 1_000_003, tasks):
         question, answer = prompt["prompt"][0]["content"], json.loads(prompt["truth"])["answer"]
         examples.append({"question": question, "answer": str(answer), "source": prompt["task"]})
     rng.shuffle(examples)
@@ -102,10 +105,6 @@ def warm_start(
     trained: Any = trainer.model
     trained.merge_and_unload().save_pretrained(out / "model")
     load_tokenizer(base).save_pretrained(out / "model")
-
-
-def _answerable_answer(probe: Probe, rng: random.Random) -> str:
-    return abstention(probe, rng) if rng.random() < ABSTAINED_SHARE else probe.right
 
 
 def _unanswerable_answer(probe: Probe, honest_share: float, rng: random.Random) -> str:
