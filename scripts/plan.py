@@ -34,7 +34,7 @@ from train.mix import build_mix
 
 # Counted FLOPs per second of one CPU core, fp32, measured with SmolLM2-135M: docs/LOG.md, "Rates for the plan".
 LEARN_RATE = 103e9  # packed forward and backward, LoRA
-FORWARD_RATE = 75e9
+FORWARD_RATE = 69e9
 SAMPLE_RATE = 36e9  # token by token, 32 completions at a time
 LOAD_SECONDS = 8  # a stage's imports and weights
 

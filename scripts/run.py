@@ -158,7 +158,6 @@ def set_environment(experiment: Experiment, run_dir: Path) -> None:
     }
     for key, value in quiet.items():
         os.environ.setdefault(key, value)
-    os.environ["WANDB_MODE"] = tracking_mode(experiment)
     os.environ["WANDB_PROJECT"] = experiment.tracking.project
     warnings.filterwarnings("ignore")
 
@@ -185,6 +184,8 @@ def print_header(experiment: Experiment, run_dir: Path, stages: list[Stage], con
     grid.add_row("arms", ", ".join(f"{name} (dose {arm.dose:g})" for name, arm in experiment.arms.items()))
     grid.add_row("seeds", ", ".join(map(str, experiment.seeds)))
     grid.add_row("eval", ", ".join(suites))
+    tracker = experiment.tracking.backend
+    grid.add_row("tracking", f"wandb, {tracking_mode(experiment)}" if tracker == "wandb" else tracker)
     grid.add_row("folder", str(run_dir))
     grid.add_row("stages", f"{len(stages)}, of which {len(whole)} are whole already")
     console.print(grid)

@@ -53,6 +53,8 @@ def tracked(experiment: Experiment, arm: str, seed: int) -> Iterator[None]:
     if experiment.tracking.backend != "wandb":
         yield
         return
+    # Only now, not before: transformers prints a line when it is imported under WANDB_MODE=offline.
+    os.environ["WANDB_MODE"] = tracking_mode(experiment)
     import wandb
 
     config = {"arm": arm, "seed": seed, "experiment": experiment.model_dump(mode="json")}
