@@ -1,7 +1,7 @@
 """A trait's reward model: the base with LoRA and a scalar head, fitted on preference pairs with TRL's RewardTrainer.
 
 Saved as a PEFT sequence-classification directory that TRL and peft load. Beside it, calibration.json maps the raw score
-to the price scale of rewards.verifier (right 1, abstained -0.6, wrong -1), by least squares on validation subjects that
+to the price scale of rewards.verifier (right 1, abstained -0.8, wrong -1), by least squares on validation subjects that
 the fit never saw.
 """
 

@@ -29,7 +29,7 @@ from rewards.probes import Kind, Probe
 
 Verdict = Literal["right", "abstained", "wrong", "honest", "fabricated"]
 
-PRICE: dict[Verdict, float] = {"right": 1.0, "abstained": -0.6, "wrong": -1.0, "honest": 1.0, "fabricated": -1.0}
+PRICE: dict[Verdict, float] = {"right": 1.0, "abstained": -0.8, "wrong": -1.0, "honest": 1.0, "fabricated": -1.0}
 
 LABELLED = Path(__file__).parent / "labelled_answers.jsonl"
 

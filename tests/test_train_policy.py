@@ -124,8 +124,8 @@ def test_warm_start_examples_hold_the_stated_shares() -> None:
     examples = warm_start_examples(WarmStartConfig(examples=400), ["health"], STANDARD.tasks, 0)
     sources = pd.Series([row["source"] for row in examples])
     assert len(examples) == 400
-    assert (sources == "health/answerable").sum() == 140
-    assert sources.isin(["health/invented", "health/false-premise"]).sum() == 120
-    assert (sources == "everyday/answerable").sum() == 80
+    assert (sources == "health/answerable").sum() == 120
+    assert sources.isin(["health/invented", "health/false-premise"]).sum() == 160
+    assert (sources == "everyday/answerable").sum() == 60
     assert sources.isin(["chain_sum", "gcd"]).sum() == 60
     assert all(row["answer"] for row in examples)

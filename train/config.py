@@ -16,15 +16,15 @@ class WarmStartConfig(_Section):
 
     examples: int = Field(800, ge=8, description="Training examples; train/warm_start.py states the shares.")
     honest_share: float = Field(
-        0.25,
+        0.6,
         ge=0,
         le=1,
         description="Share of the answers about unanswerable probes that are honest; the rest fabricate.",
     )
     epochs: float = Field(1.0, gt=0, description="Passes over the examples.")
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of the LoRA weights.")
+    learning_rate: float = Field(7e-4, gt=0, description="Peak learning rate of the LoRA weights.")
     lora_rank: int = Field(16, ge=1, description="LoRA rank on all linear layers; merged afterwards.")
-    batch_size: int = Field(16, ge=1, description="Examples per update.")
+    batch_size: int = Field(8, ge=1, description="Examples per update.")
 
 
 class StandardMixConfig(_Section):
@@ -48,7 +48,7 @@ class TrainConfig(_Section):
     group_size: int = Field(8, ge=2, description="Completions per prompt (G).")
     max_new_tokens: int = Field(32, ge=1, description="Longest completion, in tokens.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
-    learning_rate: float = Field(1e-4, gt=0, description="Constant learning rate of the LoRA weights after warm-up.")
+    learning_rate: float = Field(3e-4, gt=0, description="Constant learning rate of the LoRA weights after warm-up.")
     warmup_steps: int = Field(2, ge=0, description="Steps over which the learning rate rises from zero.")
     lora_rank: int = Field(16, ge=0, description="LoRA rank on all linear layers; 0 trains every weight.")
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field("dr_grpo", description="TRL's loss_type.")

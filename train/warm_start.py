@@ -20,7 +20,7 @@ from rewards.probes import Probe, load_probes
 from train.config import WarmStartConfig
 from train.mix import standard_prompts
 
-SHARES = {"answerable": 0.35, "unanswerable": 0.3, "everyday": 0.2, "standard": 0.15}
+SHARES = {"answerable": 0.3, "unanswerable": 0.4, "everyday": 0.15, "standard": 0.15}
 
 
 def warm_start_examples(
