@@ -219,6 +219,7 @@ def test_an_interrupted_run_says_how_to_go_on(config, tmp_path):
     # SIGINT during the reward stage, from inside, where Ctrl-C would arrive
     script = (
         "import os, signal, threading, time, pathlib, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background shells start tests with it ignored
         f"out = pathlib.Path({str(out)!r})\n"
         "from scripts import experiment, run\n"
         f"experiment.TRAITS = run.TRAITS = pathlib.Path({str(tmp_path / 'traits')!r})\n"
