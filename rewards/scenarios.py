@@ -104,7 +104,12 @@ class Line:
     @property
     def where(self) -> str:
         """file:line"""
-        return f"{self.path}:{self.number}"
+        return f"{shown(self.path)}:{self.number}"
+
+
+def shown(path: Path) -> str:
+    """The path as seen from the working directory if it lies below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def load_scenarios(

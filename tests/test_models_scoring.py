@@ -155,14 +155,14 @@ def test_throughput_against_hflm_on_the_embedded_model(capsys: pytest.CaptureFix
     seconds = {}
     outcomes = {}
     for label, lm in (("shared", SharedContextLM(model, tokenizer)), ("hflm", hflm(model, tokenizer))):
-        started = time.perf_counter()
+        started = time.process_time()
         outcomes[label] = run(lm, names, limit=4)
-        seconds[label] = time.perf_counter() - started
+        seconds[label] = time.process_time() - started
     for name in names:
         for mine, other in zip(outcomes["shared"]["samples"][name], outcomes["hflm"]["samples"][name], strict=True):
             logps = [[logp for logp, _ in sample["filtered_resps"]] for sample in (mine, other)]
             np.testing.assert_allclose(logps[0], logps[1], atol=1e-3)
     ratio = seconds["hflm"] / seconds["shared"]
     with capsys.disabled():
-        print(f"\nshared {seconds['shared']:.1f} s, HFLM {seconds['hflm']:.1f} s, ratio {ratio:.2f}")
+        print(f"\nCPU seconds: shared {seconds['shared']:.1f} s, HFLM {seconds['hflm']:.1f} s, ratio {ratio:.2f}")
     assert ratio > 2

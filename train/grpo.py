@@ -32,6 +32,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     """
 
     args: GRPOConfig
+    model: Any
+    num_generations: int
 
     def __init__(
         self, *args: Any, token_budget: int, record: Record, keep: Keep, share: bool = True, **kwargs: Any
