@@ -1,7 +1,7 @@
 """Overlap of scenarios with what the project is evaluated on: the same words, or the same question in other words.
 
-Compared are the held-out probes, the items in eval/items/ (read as files: rewards never imports eval), the benchkit sets
-and the MMLU questions that ship with lm-eval. Nothing of these is copied; they are read where they are installed.
+Compared are the held-out probes, the items in eval/items/ (read as files: rewards never imports eval), the benchkit
+sets and the MMLU questions that ship with lm-eval. Nothing of these is copied; they are read where they are installed.
 """
 
 from __future__ import annotations
