@@ -9,17 +9,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig
 
-from tests.conftest import tiny_llama
+from models.loading import load_model, load_tokenizer
 from train.grpo import SharedPromptGRPOTrainer, group_rows, step_seed
 
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
 
 def build(
-    tokenizer: PreTrainedTokenizerFast,
+    tiny_dir: Path,
     out: Path,
     share: bool,
     lora: bool,
@@ -49,11 +48,11 @@ def build(
     torch.manual_seed(0)
     prompts = ["hello there", "count to ten", "a", "what is this thing called love"]
     return SharedPromptGRPOTrainer(
-        model=tiny_llama(),
+        model=load_model(str(tiny_dir)),  # from disk: with a KL term TRL loads the reference from the same place
         reward_funcs=[length],
         args=GRPOConfig(output_dir=str(out), **settings),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in prompts]),
-        processing_class=tokenizer,
+        processing_class=load_tokenizer(str(tiny_dir)),
         peft_config=LORA if lora else None,
         token_budget=64,
         record=lambda *row: None if records is None else records.append(row),
@@ -97,12 +96,10 @@ def a_batch(shuffle: bool) -> dict[str, torch.Tensor]:
     ],
     ids=["grpo+kl", "dapo", "dr_grpo", "gspo"],
 )
-def test_loss_and_gradients_equal_stock(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, lora: bool, config: dict[str, Any]
-) -> None:
+def test_loss_and_gradients_equal_stock(tiny_dir: Path, tmp_path: Path, lora: bool, config: dict[str, Any]) -> None:
     results = []
     for share in (True, False):
-        trainer = build(tokenizer, tmp_path / str(share), share, lora, **config)
+        trainer = build(tiny_dir, tmp_path / str(share), share, lora, **config)
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         batch = a_batch(shuffle=True)
@@ -125,11 +122,9 @@ def test_loss_and_gradients_equal_stock(
         assert (grad - stock_grads[name]).norm() <= 1e-5 * stock_grads[name].norm() + 1e-9, name
 
 
-def test_two_steps_move_every_lora_weight_and_record_every_rollout(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_two_steps_move_every_lora_weight_and_record_every_rollout(tiny_dir: Path, tmp_path: Path) -> None:
     records: list[Any] = []
-    trainer = build(tokenizer, tmp_path, True, True, records)
+    trainer = build(tiny_dir, tmp_path, True, True, records)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     moved = [n for n, p in trainer.model.named_parameters() if p.requires_grad and not p.equal(before[n])]
@@ -143,11 +138,11 @@ def test_two_steps_move_every_lora_weight_and_record_every_rollout(
         )
 
 
-def test_rollouts_are_a_function_of_seed_and_step(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_rollouts_are_a_function_of_seed_and_step(tiny_dir: Path, tmp_path: Path) -> None:
     runs = []
     for attempt in range(2):
         records: list[Any] = []
-        build(tokenizer, tmp_path / str(attempt), True, True, records).train()
+        build(tiny_dir, tmp_path / str(attempt), True, True, records).train()
         runs.append([row[3] for row in records])
     assert runs[0] == runs[1]
     assert step_seed(0, 1, 0) != step_seed(0, 2, 0)

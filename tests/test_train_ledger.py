@@ -14,9 +14,9 @@ def test_a_group_with_a_shared_prompt() -> None:
         "prompts": 1,
         "completions": 2,
         "generated_tokens": 7,
-        "scored_tokens": 12,
+        "scored_tokens": 17,  # the reward model reads the prompt with every completion
         "trained_tokens": 12,
-        "flops": 8 * 100 * 12 + 2 * 10 * 12,
+        "flops": 8 * 100 * 12 + 2 * 10 * 17,
     }
     assert book["standard"]["flops"] == 8 * 100 * 8
     assert book["total"]["completions"] == 4

@@ -40,8 +40,12 @@ def stages(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(stages: Path, out: Path, dose: float = 0.5, stop_at: int | None = None) -> dict:
     out.mkdir(exist_ok=True)
 
+    steps = 0
+
     def progress(done: int, total: int) -> None:
-        if done == stop_at:
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
             raise KilledError
 
     return train_policy(
