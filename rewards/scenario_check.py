@@ -242,12 +242,17 @@ def style_cues(scenarios: Sequence[Scenario]) -> StyleCues:
     return StyleCues(len(pairs), length[:, 0].sum() / length[:, 1].sum(), _guess(length), _guess(digits))
 
 
+def style_by_trait(lines: Sequence[Line]) -> dict[str, StyleCues]:
+    """Each trait's style cues; a trait without a pair of good and bad is left out."""
+    groups = _by_trait([line for line in lines if line.scenario is not None])
+    return {t: style_cues(mine) for t, mine in sorted(groups.items()) if any(s.exemplars.bad for s in mine)}
+
+
 def style_findings(lines: Sequence[Line], bank: Path) -> Iterator[Finding]:
     """Traits whose good replies a guesser finds by length or by digits alone."""
-    for trait, scenarios in _by_trait(lines).items():
-        if sum(len(scenario.exemplars.bad) for scenario in scenarios) < MIN_PAIRS:
+    for trait, cues in style_by_trait(lines).items():
+        if cues.pairs < MIN_PAIRS:
             continue
-        cues = style_cues(scenarios)
         for name, share in (("length", cues.by_length), ("digits", cues.by_digits)):
             if share > MAX_CUE:
                 message = f"{name} alone finds the good reply in {share:.0%} of {cues.pairs} pairs"

@@ -1,4 +1,4 @@
-"""The command line: traitdose run | report | plan | doctor.
+"""The command line: traitdose run | report | plan | doctor | traits | scenarios.
 
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+scenarios_app = typer.Typer(help="The scenario bank.", no_args_is_help=True)
+app.add_typer(scenarios_app, name="scenarios")
 
 Config = Annotated[Path, typer.Argument(help="Experiment file, for example configs/experiments/quickstart.yaml.")]
 Overrides = Annotated[
@@ -72,6 +74,29 @@ def doctor() -> None:
         from scripts.doctor import print_doctor
 
         print_doctor(Console())
+
+
+@app.command()
+def traits(trait: Annotated[str | None, typer.Argument(metavar="[ID]", help="Show this card in full.")] = None) -> None:
+    """List the traits with their scenarios, or show one card."""
+    with _clear_errors():
+        from scripts.scenarios import print_traits
+
+        print_traits(trait, Console())
+
+
+@scenarios_app.command()
+def check(
+    trait: Annotated[str | None, typer.Option(help="Only this trait.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the comparison by sentence embedding.")] = False,
+) -> None:
+    """Check the scenario bank: exit code 2 if there is an error, 0 if there are at most warnings."""
+    with _clear_errors():
+        from scripts.scenarios import print_check
+
+        if not print_check(trait, out, quick, Console()):
+            raise typer.Exit(2)
 
 
 @contextmanager
