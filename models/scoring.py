@@ -9,6 +9,7 @@ contexts lose tokens on the left.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ class SharedContextLM(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_context: int = 1024,
-        token_budget: int = 1024,
+        token_budget: int = 256,  # short packs: the mask makes attention quadratic in them
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
@@ -44,6 +45,7 @@ class SharedContextLM(TemplateLM):
         self.max_context = max_context
         self.token_budget = token_budget
         self.progress = progress
+        self._single: list[bool] = []  # per request: is it its item's only one?
 
     @property
     def eot_token_id(self) -> int:
@@ -63,15 +65,19 @@ class SharedContextLM(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(summed log-probability, is greedy) of every (context, continuation); progress goes to the callback alone."""
+        """(summed log-probability, is greedy) of every (context, continuation); progress goes to the callback alone.
+
+        The greedy flag is exact for an item with one request, where lm-eval's `loglikelihood` tasks read it. For the
+        choices of a question it is False: acc and acc_norm ignore it, and it would cost a pass per choice.
+        """
+        per_item = Counter((request.task_name, request.doc_id) for request in requests)
+        self._single = [per_item[request.task_name, request.doc_id] == 1 for request in requests]
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Request], **kwargs: object) -> list[tuple[float, bool]]:
         """Group pairs by their context ids and score each group as one tree.
 
-        A choice whose context has other ids than its siblings' lands in another tree. The greedy flag is exact for a
-        context with one continuation (lm-eval's `loglikelihood` tasks read it) and False for the choices of a question,
-        where acc and acc_norm ignore it.
+        A choice whose context has other ids than its siblings' lands in another tree.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (texts, context, continuation) in enumerate(requests):
@@ -88,9 +94,8 @@ class SharedContextLM(TemplateLM):
             chunk = order[start : start + TREES_PER_CALL]
             scored = branch_logps(self.model, [trees[t] for t in chunk], self.token_budget)
             for t, logps in zip(chunk, scored, strict=True):
-                alone = len(members[t]) == 1
                 for i, branch, logp_N in zip(members[t], trees[t].branches, logps, strict=True):
-                    greedy = alone and self._is_greedy(trees[t].prompt, branch, logp_N.min().item())
+                    greedy = self._single[i] and self._is_greedy(trees[t].prompt, branch, logp_N.min().item())
                     results[i] = (logp_N.double().sum().item(), greedy)
                 done += len(members[t])
             if self.progress is not None:
