@@ -404,9 +404,9 @@ def _ledger(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[st
         # without trait prompts control scores no tokens; what scoring costs is in the FLOPs
         relative = {k: spent["total"][k] / control[k] - 1 if control[k] else None for k in LEDGER_KEYS}
         spent["relative_to_control"] = relative
-        spent["off_budget"] = [
-            k for k, share in relative.items() if share is not None and abs(share) > BUDGET_TOLERANCE
-        ]
+        # FLOPs are the budget; prompts and tokens may differ, since a trait prompt costs more than a standard one
+        off = relative["flops"] is not None and abs(relative["flops"]) > BUDGET_TOLERANCE
+        spent["off_budget"] = ["flops"] if off else []
     return ledger
 
 
@@ -447,7 +447,7 @@ def _claims(results: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, A
             claims.append({"id": "capability", "arm": arm, "holds": None, "text": text})
         spent = results["ledger"][arm]
         off = ", ".join(f"{key} {100 * spent['relative_to_control'][key]:+.1f}%" for key in spent["off_budget"])
-        text = f"{arm} is off control's budget: {off}." if off else f"{arm} spent what control spent, within 1%."
+        text = f"{arm} is off control's budget: {off}." if off else f"{arm} spent the FLOPs of control, within 1%."
         claims.append({"id": "budget", "arm": arm, "holds": not off, "text": text})
     return claims
 
