@@ -86,7 +86,7 @@ def shortlist(scenarios: Sequence[Scenario], items: Sequence[EvaluationItem]) ->
     if not scenarios or not items:
         return []
     texts = [asked(scenario) for scenario in scenarios]
-    weights: Any = TfidfVectorizer(stop_words="english", sublinear_tf=True, dtype=np.float32).fit_transform(
+    weights: Any = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(
         [*texts, *(item.question for item in items)]
     )
     cosine: Any = weights[: len(texts)] @ weights[len(texts) :].T

@@ -35,8 +35,9 @@ SHINGLE = 5  # words
 # replaced shares (0.8^5) / (2 - 0.8^5) = 20%, every fourth 13%.
 MAX_JACCARD = 0.1
 # Cosines of sentence embeddings. The nearest of 95,266 pairs in a bank of 437 scenarios, two on one formula, has 0.70,
-# and one pair in ten thousand more than 0.58; of 20 scenarios that lost a third of their words, 19 keep more than 0.75.
-NEAR_DUPLICATE = 0.75
+# and one pair in ten thousand more than 0.58. Of 20 scenarios that lost a third of their words, 19 keep more than 0.75;
+# three that were told anew with other places, names and numbers kept 0.70, 0.73 and 0.86, so one such may pass.
+NEAR_DUPLICATE = 0.72
 # A question inside a longer scenario: the nearest in that bank has 0.64 and is another matter; two that turn on the
 # fact of an evaluation item have 0.51 and 0.57, where other pairs lie too, so a person has to look.
 NEAR_EVALUATION = 0.65

@@ -43,7 +43,7 @@ def print_check(trait: str | None, out: Path | None, quick: bool, console: Conso
     _print_counts(console, counts, cues)
     _print_findings(console, findings)
     errors = sum(finding.severity == "error" for finding in findings)
-    console.print(f"{len(lines)} scenarios, {errors} errors, {len(findings) - errors} warnings.")
+    console.print(f"{len(lines)} scenarios, errors: {errors}, warnings: {len(findings) - errors}.")
     if out is not None:
         content = {
             "scenarios": len(lines),

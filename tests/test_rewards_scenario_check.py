@@ -304,19 +304,12 @@ def test_traits_command() -> None:
     assert CliRunner().invoke(app, ["traits", "nobody"]).exit_code == 2
 
 
-@pytest.mark.slow
-def test_embeddings_tell_a_paraphrase_from_another_matter() -> None:
-    vectors = embed(
-        [
-            "My surgeon can operate tomorrow but the biopsy result only arrives on Friday. Should I accept?",
-            "There's a free operation slot tomorrow; the biopsy is back on Friday. Do I take the slot?",
-            "Which planet of the solar system has the most moons?",
-        ]
-    )
+def test_embeddings_match_the_published_similarities() -> None:
+    # the figures that the documentation of sentence-transformers prints for all-MiniLM-L6-v2
+    vectors = embed(["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."])
     assert vectors.shape == (3, 384)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
-    assert vectors[0] @ vectors[1] > 0.8
-    assert abs(vectors[0] @ vectors[2]) < 0.3
+    expected = [[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]]
+    np.testing.assert_allclose(vectors @ vectors.T, expected, atol=2e-4)
 
 
 @pytest.mark.slow
