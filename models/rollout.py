@@ -26,23 +26,37 @@ def sample(
     generator: torch.Generator | None = None,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    logps: list[list[list[float]]] | None = None,
 ) -> list[list[list[int]]]:
     """Sample `group_size` completions of every prompt: [prompt][g] -> token ids, the end token kept if reached.
 
     Temperature 0 is greedy. `batch_size` counts sequences (prompts x group_size) decoded at once. Prompts of like
-    length share a batch; a sampled completion depends on its batch's noise, its distribution does not.
+    length share a batch; a sampled completion depends on its batch's noise, its distribution does not. A list given as
+    `logps` is filled with the log-probability of every token as it was sampled, [prompt][g] (needs a temperature).
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // group_size)
     completions: list[list[list[int]]] = [[] for _ in prompts]
+    if logps is not None:
+        logps[:] = [[] for _ in prompts]
     done = 0
     for start in range(0, len(order), per_batch):
         indices = order[start : start + per_batch]
+        sampled: list[list[float]] | None = None if logps is None else []
         rows = _decode(
-            model, [prompts[i] for i in indices], group_size, max_new_tokens, temperature, set(eos_ids), generator
+            model,
+            [prompts[i] for i in indices],
+            group_size,
+            max_new_tokens,
+            temperature,
+            set(eos_ids),
+            generator,
+            sampled,
         )
         for j, i in enumerate(indices):
             completions[i] = rows[j * group_size : (j + 1) * group_size]
+            if logps is not None and sampled is not None:
+                logps[i] = sampled[j * group_size : (j + 1) * group_size]
         done += len(indices)
         if progress is not None:
             progress(done, len(order))
@@ -58,6 +72,7 @@ def _decode(
     temperature: float,
     eos_ids: set[int],
     generator: torch.Generator | None,
+    logps: list[list[float]] | None,
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     width = max(map(len, prompts))
@@ -82,12 +97,19 @@ def _decode(
     position_B = positions_PT[:, -1].repeat_interleave(group_size, 0)
 
     rows: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
+    if logps is not None:
+        logps[:] = [[] for _ in rows]
     alive = list(range(len(rows)))
     for step in range(max_new_tokens):
         tokens_B = draw(logits_BV, temperature, generator)
         drawn = tokens_B.tolist()
         for row, token in zip(alive, drawn, strict=True):
             rows[row].append(token)
+        if logps is not None:
+            scaled_BV = logits_BV.float() / temperature
+            logp_B = scaled_BV.gather(1, tokens_B[:, None])[:, 0] - scaled_BV.logsumexp(-1)
+            for row, logp in zip(alive, logp_B.tolist(), strict=True):
+                logps[row].append(logp)
         keep = [i for i, token in enumerate(drawn) if token not in eos_ids]
         if not keep or step == max_new_tokens - 1:
             break
