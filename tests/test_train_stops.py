@@ -28,6 +28,7 @@ SMALL: dict[str, Any] = {
     "lora_rank": 2,
     "save_every": 2,
 }
+FILE = "adapter_model.safetensors"
 PPO = {"algorithm": "ppo", "beta": 0.01, "epochs": 2, "minibatches": 2, "value_warmup_steps": 1}
 
 
@@ -64,7 +65,7 @@ def train(stages: Path, out: Path, stop_at: int | None = None, **settings: Any) 
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "adapter" / "adapter_model.safetensors")
+    return load_file(out / "adapter" / FILE)
 
 
 def test_a_killed_ppo_arm_ends_where_it_would_have(stages: Path, tmp_path: Path) -> None:
@@ -76,11 +77,11 @@ def test_a_killed_ppo_arm_ends_where_it_would_have(stages: Path, tmp_path: Path)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert a.keys() == b.keys()
     assert all(a[key].equal(b[key]) for key in a)
-    critics = [
+    a, b = (
         load_file(tmp_path / n / "checkpoints" / "checkpoint-4" / "critic.safetensors") for n in ("whole", "killed")
-    ]
-    assert critics[0].keys() == critics[1].keys()
-    assert all(critics[0][key].equal(critics[1][key]) for key in critics[0])
+    )
+    assert a.keys() == b.keys()
+    assert all(a[key].equal(b[key]) for key in a)
     assert whole["total"] == killed["total"]
     tokens = whole["total"]["trained_tokens"] // 2  # two epochs
     n = whole["n_policy"]
@@ -128,15 +129,15 @@ def test_a_watcher_stops_the_arm_and_the_weights_are_from_before(
     stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reward that is lost from step 5 on: the weights are those of the checkpoint after 4 steps."""
-    settings = {"max_steps": 4, "save_every": 2}
-    train(stages, tmp_path / "healthy", **settings)
     lose_rewards_from(5, monkeypatch)
     ledger = train(stages, tmp_path / "arm", max_steps=12)
     assert [(alert["watcher"], alert["step"], alert["since"]) for alert in ledger["alerts"]] == [("non_finite", 5, 5)]
     text = ledger["alerts"][0]["text"]
     assert ledger["ended"] == {"by": "train.watch.non_finite", "step": 6, "kept_step": 4, "text": text}
-    a, b = weights(tmp_path / "healthy"), weights(tmp_path / "arm")
-    assert all(a[key].equal(b[key]) for key in a)
+    kept = weights(tmp_path / "arm")
+    saved = {step: load_file(tmp_path / "arm" / "checkpoints" / f"checkpoint-{step}" / FILE) for step in (2, 4)}
+    assert all(kept[key].equal(saved[4][key]) for key in kept)
+    assert not all(kept[key].equal(saved[2][key]) for key in kept)
     assert len(pd.read_parquet(tmp_path / "arm" / "steps.parquet")) == 6  # what was seen stays on record
     assert not (tmp_path / "arm" / "checkpoints" / "checkpoint-6").exists()
 

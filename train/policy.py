@@ -315,6 +315,7 @@ class Journal(TrainerCallback):
 
 def step_table(rollouts: pd.DataFrame, log_history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per step: what the rollouts were paid and what they were worth, beside the trainer's own figures."""
+    rollouts = rollouts.astype({"proxy": float, "gold": float})  # a batch without any score is a column of None
     by_step = rollouts.groupby("step")
     trait = rollouts[rollouts["source"] == "trait"].groupby("step")
     spread = rollouts.groupby(["step", "position"])["proxy"].std().fillna(0.0)
