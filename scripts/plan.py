@@ -233,8 +233,8 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
     facts.add_row("standard", ", ".join(experiment.standard.tasks))
     facts.add_row(
         "training",
-        f"{train.algorithm}, {train.budget_tflops:g} TFLOPs an arm, in steps of {train.prompts_per_step} prompts x {train.group_size} "
-        f"completions, at most {train.max_new_tokens} tokens each and {train.max_steps} steps",
+        f"{train.algorithm}, {train.budget_tflops:g} TFLOPs an arm, in steps of {train.prompts_per_step} prompts x "
+        f"{train.group_size} completions, at most {train.max_new_tokens} tokens each and {train.max_steps} steps",
     )
     for name, suite in experiment.eval.suites.items():
         facts.add_row("eval", f"{name}: {_suite_summary(experiment, name, find_file(suite.file), suite.limit)}")
