@@ -188,7 +188,7 @@ class Journal(TrainerCallback):
             self.budgets.append(("train.max_tokens", cfg.max_tokens, "generated_tokens"))
         self.rows = out / "rollouts.jsonl"
         self._unseen: list[dict[str, Any]] = []  # rollouts that are not in the step table yet
-        self._steps = pd.DataFrame()
+        self._tables: list[pd.DataFrame] = []
         self.started = (time.time(), time.process_time())
 
     def rewind(self, checkpoint: str | None) -> str | None:
@@ -201,7 +201,7 @@ class Journal(TrainerCallback):
         if self.rows.exists():
             kept = [line for line in self.rows.read_text().splitlines() if json.loads(line)["step"] < step]
         self.rows.write_text("".join(line + "\n" for line in kept))
-        self._unseen, self._steps = [json.loads(line) for line in kept], pd.DataFrame()
+        self._unseen, self._tables = [json.loads(line) for line in kept], []
         return checkpoint
 
     def record(
@@ -255,11 +255,9 @@ class Journal(TrainerCallback):
     def steps(self, log_history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         """The step table up to the step that was logged last."""
         if self._unseen:
-            self._steps = pd.concat(
-                [self._steps, step_table(pd.DataFrame(self._unseen), log_history)], ignore_index=True
-            )
+            self._tables.append(step_table(pd.DataFrame(self._unseen), log_history))
             self._unseen = []
-        return self._steps
+        return pd.concat(self._tables, ignore_index=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, processing_class: Any = None, **kwargs: Any) -> None:
         """Remember the tokenizer: rollouts are logged as text."""

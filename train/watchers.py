@@ -195,7 +195,8 @@ def keep_healthy(trainer: Any, ledger: Ledger, start: Path) -> None:
     if ledger.ended is None or not stopped_by_watcher(ledger):
         return
     since = min(alert["since"] for alert in ledger.alerts if alert["action"] == "stop")
-    folders = {int(folder.name.split("-")[1]): folder for folder in Path(trainer.args.output_dir).glob("checkpoint-*")}
+    found = {f.name.removeprefix("checkpoint-"): f for f in Path(trainer.args.output_dir).glob("checkpoint-*")}
+    folders = {int(step): folder for step, folder in found.items() if step.isdigit()}
     kept = max((step for step in folders if step < since), default=0)
     if kept:
         trainer._load_from_checkpoint(str(folders[kept]))
