@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,16 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
         rows, mask_BC = len(output["completion_ids"]), output["completion_mask"]
         if "old_per_token_logps" not in output:
             output["old_per_token_logps"] = self.batch_logps(output)
-        self.log_gaps(output, output["old_per_token_logps"])
+        with self.kl_in_reward():
+            self.log_gaps(output, output["old_per_token_logps"])
         output.pop("sampling_per_token_logps", None)  # later minibatches are meant to move away from it
 
         here = self.accelerator.process_index * rows
         reward_B = total_rewards(self._rewards, self.reward_weights)[here : here + rows]
         mask_BC = mask_BC * (~reward_B.isnan())[:, None]
         rewards_BC = token_rewards(reward_B.nan_to_num(nan=0.0), mask_BC)
-        if self.beta > 0:
-            log_ratio_BC = output["old_per_token_logps"] - output["ref_per_token_logps"]
-            rewards_BC = rewards_BC - self.beta * log_ratio_BC * mask_BC
+        if (reference_BC := output.pop("ref_per_token_logps", None)) is not None:
+            rewards_BC = rewards_BC - self.beta * (output["old_per_token_logps"] - reference_BC) * mask_BC
         with torch.no_grad():
             values_BC = self.values(output) * mask_BC
         gamma, lam = self.settings.gamma, self.settings.gae_lambda
@@ -118,7 +119,7 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
 
         mean_B = (advantages_BC * mask_BC).sum(1) / mask_BC.sum(1).clamp(min=1)
         if self.settings.whiten_advantages:
-            advantages_BC = self._whiten(advantages_BC, mask_BC)
+            advantages_BC = whiten(advantages_BC, mask_BC, partial(self.accelerator.reduce, reduction="sum"))
         output |= {"advantages": advantages_BC, "returns": returns_BC, "values": values_BC, "value_mask": mask_BC}
         output["group"] = torch.arange(rows, device=mask_BC.device) // self.num_generations
         return mean_B
@@ -186,10 +187,6 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")  # type: ignore[assignment]
         torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
-    def _whiten(self, values_BC: Tensor, mask_BC: Tensor) -> Tensor:
-        sums = torch.stack([(values_BC**power * mask_BC).sum() for power in (0, 1, 2)])
-        return whiten(values_BC, mask_BC, self.accelerator.reduce(sums, reduction="sum"))
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The policy's optimizer with a group for the critic, so that checkpoints and schedules hold both."""
         fresh = self.optimizer is None
@@ -237,14 +234,15 @@ def gae(rewards_BC: Tensor, values_BC: Tensor, mask_BC: Tensor, gamma: float, la
     return advantages_BC, (advantages_BC + values_BC) * mask_BC
 
 
-def whiten(values_BC: Tensor, mask_BC: Tensor, sums_3: Tensor) -> Tensor:
+def whiten(values_BC: Tensor, mask_BC: Tensor, over_processes: Callable[[Tensor], Tensor]) -> Tensor:
     """Values brought to mean 0 and standard deviation 1 over the mask, zero off it.
 
-    `sums` are count, sum and sum of squares over the mask, of all processes.
+    `over_processes` adds a sum up over all processes. As in TRL, 1e-4 keeps rounding errors of equal values small.
     """
-    count, mean = sums_3[0].clamp(min=1), sums_3[1] / sums_3[0].clamp(min=1)
-    variance = (sums_3[2] / count - mean**2).clamp(min=0)
-    return (values_BC - mean) / (variance.sqrt() + 1e-8) * mask_BC
+    count = over_processes(mask_BC.sum().float()).clamp(min=1)
+    centred_BC = (values_BC - over_processes((values_BC * mask_BC).sum()) / count) * mask_BC
+    deviation = (over_processes((centred_BC**2).sum()) / count).sqrt()
+    return centred_BC / (deviation + 1e-4)
 
 
 def clipped_value_loss(
