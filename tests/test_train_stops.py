@@ -19,7 +19,7 @@ from train.policy import train_policy
 from train.warm_start import warm_start
 
 STANDARD = StandardMixConfig(tasks={"chain_sum": {"min_terms": 2, "max_terms": 2}, "gcd": {}})
-REWARD = RewardConfig(probes=8, batch_size=8, lora_rank=2, min_accuracy=0.0)
+REWARD = RewardConfig(probes=16, batch_size=8, lora_rank=2, min_accuracy=0.0)
 SMALL: dict[str, Any] = {
     "max_steps": 4,
     "prompts_per_step": 4,
@@ -42,7 +42,7 @@ def stages(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
     (run / "start").mkdir()
     (run / "reward").mkdir()
-    warm = WarmStartConfig(examples=8, batch_size=8, lora_rank=2)
+    warm = WarmStartConfig(examples=16, batch_size=8, lora_rank=2)
     warm_start(warm, str(tiny_dir), REWARD.domains, STANDARD.tasks, run / "start", 0)
     fit_reward_model(REWARD, str(tiny_dir), run / "reward", 0)
     return run
@@ -100,7 +100,8 @@ def test_a_killed_ppo_arm_ends_where_it_would_have(stages: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 def test_a_run_of_each_algorithm_writes_its_contract(stages: Path, tmp_path: Path, algorithm: str) -> None:
-    ledger = train(stages, tmp_path / "arm", algorithm=algorithm, beta=0.05)
+    fast: dict[str, Any] = {"learning_rate": 0.02, "warmup_steps": 0}
+    ledger = train(stages, tmp_path / "arm", algorithm=algorithm, beta=0.05, **fast)
     assert ledger["ended"] == {"by": "train.max_steps", "step": 4, "kept_step": 4, "text": "4 steps taken"}
     assert ledger["passes"]["forwards"] == {"rloo": 3, "grpo": 2}[algorithm]
     table = pd.read_parquet(tmp_path / "arm" / "steps.parquet")

@@ -136,9 +136,9 @@ def test_the_gap_is_seen_when_the_reward_is_gamed() -> None:
     rng = np.random.default_rng(2)
     found = 0
     for _ in range(20):
-        drift = np.clip((np.arange(60) - 20) / 20, 0, 1)
-        gold = 0.3 - 0.8 * drift + 0.3 * rng.standard_normal(60)
-        proxy = 0.3 + 0.8 * drift + 0.3 * rng.standard_normal(60)
+        drift = np.clip((np.arange(60) - 20) / 12, 0, 1)
+        gold = 0.3 - 0.9 * drift + 0.25 * rng.standard_normal(60)
+        proxy = 0.3 + 0.9 * drift + 0.25 * rng.standard_normal(60)
         frame = table(60, trait_proxy=list(proxy), gold=list(gold))
         found += any("proxy_gold_gap" in names(frame.iloc[: n + 1], WatchConfig()) for n in range(16, 60))
     assert found >= 19
