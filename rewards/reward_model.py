@@ -1,4 +1,4 @@
-"""A trait's reward model: the base with LoRA and a scalar head, fitted on preference pairs with TRL's RewardTrainer.
+"""A trait's reward model: the start model with LoRA and a scalar head, fitted on pairs with TRL's RewardTrainer.
 
 Saved as a PEFT sequence-classification directory that TRL and peft load. Beside it, calibration.json maps the raw score
 to the price scale of rewards.verifier (right 1, abstained -0.8, wrong -1), by least squares on validation subjects that
@@ -64,16 +64,20 @@ class RewardModel:
         self.calibration = calibration
 
     @classmethod
-    def load(cls, folder: Path) -> RewardModel:
-        """Load what fit_reward_model saved in `folder`."""
-        from peft import AutoPeftModelForSequenceClassification
-        from transformers import AutoTokenizer
+    def load(cls, folder: Path, backbone: Path | None = None) -> RewardModel:
+        """Load what fit_reward_model saved in `folder`; `backbone` stands in for one that has moved since the fit."""
+        from peft import PeftConfig, PeftModel
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        fitted_on = backbone or PeftConfig.from_pretrained(folder / "model").base_model_name_or_path
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            fitted_on, num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        model = PeftModel.from_pretrained(model, folder / "model").merge_and_unload()
         model.config.pad_token_id = tokenizer.pad_token_id
         calibration = Calibration(**json.loads((folder / "calibration.json").read_text()))
-        return cls(model.merge_and_unload(), tokenizer, calibration)
+        return cls(model, tokenizer, calibration)
 
     @torch.inference_mode()
     def raw_scores(self, prompts: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
@@ -94,16 +98,16 @@ class RewardModel:
 
 def fit_reward_model(
     cfg: RewardConfig,
-    base: str,
-    policy: str,
+    start: str,
     out: Path,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Fit on the training families of cfg.domains and measure on the held-out ones.
 
-    `policy` is the model that will be trained: its own answers are ranked beside the authored ones. Saves model/,
-    pairs.parquet, steps.parquet, calibration.json and accuracy.json in `out`; returns the accuracy.
+    `start` is the model that will be trained: the backbone, and the source of the answers that stand beside the
+    authored ones. Saves model/, pairs.parquet, steps.parquet, calibration.json and accuracy.json in `out`; returns the
+    accuracy.
     """
     from datasets import Dataset
     from peft import LoraConfig, TaskType
@@ -120,7 +124,7 @@ def fit_reward_model(
         "validation": draw_probes(held_back, MEASURED_PROBES, rng),
         "test": draw_probes(heldout, MEASURED_PROBES, rng),
     }
-    own = own_answers(policy, [probe for part in parts.values() for probe in part], cfg.own_answers, seed)
+    own = own_answers(start, [probe for part in parts.values() for probe in part], cfg.own_answers, seed)
     pairs, validation, test = (make_pairs(part, seed, own) for part in parts.values())
     pd.concat(
         [
@@ -129,10 +133,10 @@ def fit_reward_model(
         ]
     ).to_parquet(out / "pairs.parquet")
 
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(start)
     torch.manual_seed(seed)  # the scalar head is new
     backbone = AutoModelForSequenceClassification.from_pretrained(
-        resolve_model(base), num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
+        resolve_model(start), num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
     )
     backbone.config.pad_token_id = tokenizer.pad_token_id
     trainer = ProbeRewardTrainer(

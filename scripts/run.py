@@ -286,8 +286,7 @@ def _start(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
 def _reward(experiment: Experiment, run_dir: Path, seed: int, out: Path, bars: Bars) -> None:
     from rewards.reward_model import fit_reward_model
 
-    policy = str(run_dir / "start" / "model")
-    fit_reward_model(experiment.reward, experiment.base, policy, out, seed, bars(""))
+    fit_reward_model(experiment.reward, str((run_dir / "start" / "model").resolve()), out, seed, bars(""))
 
 
 def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path, bars: Bars) -> Mapping[str, Any]:

@@ -191,7 +191,7 @@ def test_what_a_changed_key_does_over(config, tmp_path):
     assert stale("seeds=[0,1]") == {
         f"arms/{arm}/seed-1/{kind}" for arm in ("control", "half") for kind in ("train", "eval")
     }
-    assert len(stale("warm_start.examples=16")) == 6  # everything but the reward model
+    assert len(stale("warm_start.examples=16")) == 7  # everything: the reward model prices the start model's answers
 
 
 @pytest.mark.slow
