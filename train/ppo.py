@@ -46,6 +46,9 @@ class Critic(torch.nn.Module):
             decoder = inject_adapter_in_model(lora, copy.deepcopy(decoder, shared))
         else:
             decoder = copy.deepcopy(decoder).requires_grad_(True)
+        for parameter in decoder.parameters():  # a frozen backbone may be of 16 bits, what is trained may not
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         self.decoder = decoder
         self.head = torch.nn.Linear(decoder.config.get_text_config().hidden_size, 1)
         torch.nn.init.zeros_(self.head.weight)

@@ -190,16 +190,17 @@ def keep_healthy(trainer: Any, ledger: Ledger, start: Path) -> None:
     """If a watcher has ended the arm, put back the newest saved weights from before what it saw.
 
     Those are the last checkpoint whose own rollouts came before the first bad step or, without one, the starting model
-    in `start`. The ledger's `kept_step` says how many steps the weights have taken.
+    in `start`. The ledger's `kept_step` says how many steps the weights have taken. DeepSpeed puts weights back only
+    when a training begins: there the last ones stay, and `kept_step` says that, too.
     """
-    if ledger.ended is None or not stopped_by_watcher(ledger):
+    if ledger.ended is None or not stopped_by_watcher(ledger) or trainer.is_deepspeed_enabled:
         return
     since = min(alert["since"] for alert in ledger.alerts if alert["action"] == "stop")
     found = {f.name.removeprefix("checkpoint-"): f for f in Path(trainer.args.output_dir).glob("checkpoint-*")}
     folders = {int(step): folder for step, folder in found.items() if step.isdigit()}
     kept = max((step for step in folders if step < since), default=0)
     if kept:
-        trainer._load_from_checkpoint(str(folders[kept]))
+        trainer._load_from_checkpoint(str(folders[kept]), trainer.model_wrapped if trainer.is_fsdp_enabled else None)
     else:
         _back_to_start(trainer.accelerator.unwrap_model(trainer.model), start)
     ledger.ended["kept_step"] = kept
