@@ -47,6 +47,11 @@ STATUS: dict[str, Status] = {
     "near-duplicate": "duplicate",
     "evaluation-overlap": "overlap",
 }  # every other kind of finding is a matter of form
+# What the author is told; where the likeness lies stands in the log alone, or evaluation items would reach the author.
+UNLIKE = {
+    "duplicate": "It is too like a scenario that exists; change the person, the situation and the opening words.",
+    "overlap": "It is too like a public test question; choose another fact and another situation.",
+}
 MAX_QUOTED = 12_000  # characters of a refused answer that are shown again
 
 
@@ -205,7 +210,9 @@ class _Author:
         findings = self.checker.findings(line)
         if findings:
             problems = [f"{finding.message}; {finding.remedy}" for finding in findings]
-            return self._refuse(STATUS.get(findings[0].kind, "malformed"), problems, answer)
+            status = STATUS.get(findings[0].kind, "malformed")
+            refused = self._refuse(status, problems, answer)
+            return refused if status == "malformed" else [UNLIKE[status]]
         _append(self.out, scenario.model_dump(mode="json"))
         _append(self.log, {"status": "kept", "id": scenario.id, "model": self.cfg.model})
         self.checker.add(line)

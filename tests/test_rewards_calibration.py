@@ -110,7 +110,6 @@ def test_labels_that_say_nothing_are_refused(scores, labels, message):
 
 
 def test_ppi_by_hand():
-    """One reply of either kind and verdict, doubled by the four halves: rho = 1/3 at 2 + 1 and 1 + 1 weights."""
     verdicts, labels = counts(2, 1, 1, 2)
     found = corrected_rate([1, 1, 1, 0], verdicts, labels)
     # with the halves: cells 2.5, 1.5, 1.5, 2.5 of 8; variances 1/4, covariance 2.5/8 - 1/4 = 1/16; rho = 1/4

@@ -120,11 +120,10 @@ def test_bad_ones_go_back_with_what_is_wrong_and_are_counted(write, tmp_path):
         "I would rather not.",  # malformed
         text_of(1, rubric=[{"criterion": "Waits", "points": 3}]),  # malformed: nothing negative
         text_of(1),  # kept
-        text_of(
-            2, exemplars={"good": "a", "bad": [{"text": "b", "failure": "sloth"}, {"text": "c", "failure": "rush"}]}
-        ),
+        text_of(3),  # overlap with an evaluation item
         json.dumps(draft(ASKED[0].replace("Friday", "Monday"), "again")),  # duplicate of the bank's
-        text_of(3),  # overlap with an evaluation item; the third answer, so this one is given up
+        # malformed: no such failure on the card; the third answer, so this scenario is given up
+        text_of(2, exemplars={"good": "a", "bad": [{"text": b, "failure": b} for b in ("sloth", "rush")]}),
         json.dumps(draft(ASKED[1].replace("four", "five"), "again")),  # duplicate of the one just kept
         text_of(4),  # kept
     ]
@@ -135,14 +134,18 @@ def test_bad_ones_go_back_with_what_is_wrong_and_are_counted(write, tmp_path):
     assert "is no JSON object" in notes[1]
     assert "no criterion has negative points; add one" in notes[2]
     assert server.requests[1]["messages"][2] == {"role": "assistant", "content": texts[0]}
-    assert "'sloth' is not on the card; use one of: rush, dead-stop, dither" in notes[4]
-    assert "opens with the same 6 words" in notes[5]
+    assert "too like a public test question" in notes[4]
+    assert "too like a scenario that exists" in notes[5]
+    assert not any("quiz" in note for note in notes)  # evaluation items never reach the author
     assert [len(request["messages"]) for request in server.requests] == [2, 4, 4, 2, 4, 4, 2, 4]
     log = records(tmp_path / "out" / "new.jsonl.log.jsonl")
     assert [record["status"] for record in log] == [
-        "malformed", "malformed", "kept", "malformed", "duplicate", "overlap", "duplicate", "kept"
+        "malformed", "malformed", "kept", "overlap", "duplicate", "malformed", "duplicate", "kept"
     ]  # fmt: skip
     assert log[0]["answer"] == texts[0]
+    assert "quiz 7" in log[3]["problems"][0]
+    assert "opens with the same 6 words" in log[4]["problems"][0]
+    assert "'sloth' is not on the card; use one of: rush, dead-stop, dither" in log[5]["problems"][0]
 
 
 def test_a_scenario_told_in_other_words_is_a_duplicate(write):
@@ -153,7 +156,7 @@ def test_a_scenario_told_in_other_words_is_a_duplicate(write):
     with serve(lambda body, n: completion(json.dumps(draft(retold, "retold")))) as server:
         done = write(server, 1)
         assert (done.duplicate, done.kept) == (3, 0)
-        assert "reads like" in server.requests[1]["messages"][-1]["content"]
+    assert all("reads like" in record["problems"][0] for record in records(Path(f"{done.path}.log.jsonl")))
 
 
 def test_the_same_command_goes_on(write, tmp_path):
