@@ -90,7 +90,7 @@ class Verdict:
 
 @dataclass
 class Tally:
-    """What a judge has done so far. `asked` counts replies, cached ones included; tokens are those of new requests."""
+    """What a judge has done so far. `asked` counts different replies, cached ones included."""
 
     asked: int = 0
     cached: int = 0
@@ -122,26 +122,27 @@ class Judge:
         """The verdict of each case, or None. Equal cases are asked once. Raises ValueError as `scores` does."""
         requests = [request_messages(case) for case in cases]
         keys = [self._key(request) for request in requests]
-        todo = {key: i for i, key in reversed(list(enumerate(keys)))}  # the first of equal cases
-        known = {key: kept for key in todo if (kept := self.cache.get(key)) is not None}
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            first.setdefault(key, i)
+        known = {key: kept for key in first if (kept := self.cache.get(key)) is not None}
         found: dict[str, Verdict | None] = {key: _verdict(kept) for key, kept in known.items()}
-        self.tally.asked += len(cases)
-        self.tally.cached += sum(key in known for key in keys)
+        self.tally.asked += len(first)
+        self.tally.cached += len(known)
         missing = self.tally.missing
-        open_keys = [key for key in todo if key not in found]
-        if open_keys:
+        rows = {key: i for key, i in first.items() if key not in found}
+        if rows:
             gate = asyncio.Semaphore(self.cfg.max_concurrency)
             async with Chat(self.cfg) as chat:
-                jobs = [self._one(chat, gate, key, requests[todo[key]], cases[todo[key]]) for key in open_keys]
-                found |= dict(zip(open_keys, await asyncio.gather(*jobs), strict=True))
+                jobs = [self._one(chat, gate, key, requests[i], len(cases[i].rubric)) for key, i in rows.items()]
+                for key, verdict in zip(rows, await asyncio.gather(*jobs), strict=True):
+                    found[key] = verdict
         verdicts = [found[key] for key in keys]
         if self.tally.missing > missing:
             logger.warning("%s", self._missing_line())
         return verdicts
 
-    async def _one(
-        self, chat: Chat, gate: asyncio.Semaphore, key: str, request: Messages, case: Case
-    ) -> Verdict | None:
+    async def _one(self, chat: Chat, gate: asyncio.Semaphore, key: str, request: Messages, n: int) -> Verdict | None:
         turns = list(request)
 
         async def attempt() -> Verdict:
@@ -149,14 +150,14 @@ class Judge:
                 answer = await chat.complete(
                     turns,
                     logprobs=self.cfg.logprobs,
-                    schema=verdict_schema(len(case.rubric)) if self.cfg.json_schema else None,
+                    schema=verdict_schema(n) if self.cfg.json_schema else None,
                 )
             self.tally.input_tokens += answer.input_tokens
             self.tally.output_tokens += answer.output_tokens
             try:
                 if answer.cut:
                     raise TransientError(f"cut off after {self.cfg.max_tokens} tokens; raise max_tokens")
-                return read_verdict(answer, len(case.rubric))
+                return read_verdict(answer, n)
             except TransientError as error:
                 # the same question at temperature 0 would get the same answer
                 note = f"That cannot be read: {error}. Answer again, with the JSON object only."
