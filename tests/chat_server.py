@@ -83,6 +83,11 @@ def tokens_with(text: str, probabilities: list[float]) -> list[dict[str, Any]]:
     return found
 
 
+class HTTPServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # connections that may wait to be taken
+
+
 @contextmanager
 def serve(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
     """A running server. `answer` gets the request's body and its number, from 0."""
@@ -122,8 +127,7 @@ def serve(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     seen.url = f"http://127.0.0.1:{server.server_address[1]}"

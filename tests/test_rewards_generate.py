@@ -18,7 +18,7 @@ from chat_server import Reply, Server, completion, failure, serve
 from rewards.contamination import EvaluationItem
 from rewards.generate import Generated, GeneratorConfig, generate
 from rewards.generate_prompt import DOMAINS, request_messages
-from rewards.scenarios import Scenario, load_scenarios
+from rewards.scenarios import Scenario
 from rewards.traits import load_trait, load_traits
 
 CARD = """---
@@ -110,9 +110,13 @@ def test_good_scenarios_are_kept_in_the_banks_form(write, tmp_path):
     assert [scenario.id for scenario in kept] == ["patience-health-0002", "patience-health-0003"]
     assert {scenario.split for scenario in kept} == {"train"}  # one of three families is held out already
     assert [scenario.messages[0].content for scenario in kept] == ASKED[1:3]
-    request = server.requests[0]
-    assert request["temperature"] == 1.0
-    assert "The definition of waiting." in request["messages"][1]["content"]
+    assert server.requests[0]["temperature"] == 1.0
+    first, second = (request["messages"][1]["content"] for request in server.requests)
+    assert "The definition of waiting." in first
+    # the bank's scenario is held out: the author sees neither its words nor its name, but knows what it wrote itself
+    assert ASKED[0] not in first + second
+    assert "matter-0" not in first + second
+    assert "matter-1" in second
 
 
 def test_bad_ones_go_back_with_what_is_wrong_and_are_counted(write, tmp_path):
@@ -243,19 +247,6 @@ def test_mistakes_are_named(write, folders, tmp_path):
     other.write_text((folders["bank"] / "patience" / "health.jsonl").read_text())
     with pytest.raises(ValueError, match=r"other\.jsonl:1: is of patience/health"):
         generate("patience", "maths", 2, cfg, other, items=[], **folders)
-
-
-def test_held_out_scenarios_are_not_shown_to_the_author():
-    card = load_traits()["truthfulness"]
-    bank = load_scenarios("truthfulness")
-    train = [scenario for scenario in bank if scenario.split == "train"]
-    shown = "".join(
-        request_messages(card, "health", turn, train, [s.family for s in train])[1]["content"] for turn in range(40)
-    )
-    held = [scenario for scenario in bank if scenario.split == "heldout"]
-    assert held
-    assert not any(scenario.messages[-1].content in shown for scenario in held)
-    assert any(scenario.family in shown for scenario in train)
 
 
 def test_every_failure_gets_its_turn_and_never_twice_in_one(folders):
