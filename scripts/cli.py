@@ -1,4 +1,4 @@
-"""The command line: traitdose run | report | plan | doctor | traits | scenarios.
+"""The command line: traitdose run | report | plan | doctor | traits | scenarios | rewards.
 
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
@@ -24,11 +24,15 @@ app = typer.Typer(
 )
 scenarios_app = typer.Typer(help="The scenario bank.", no_args_is_help=True)
 app.add_typer(scenarios_app, name="scenarios")
+rewards_app = typer.Typer(help="Reward models and judges.", no_args_is_help=True)
+app.add_typer(rewards_app, name="rewards")
 
 Config = Annotated[Path, typer.Argument(help="Experiment file, for example configs/experiments/quickstart.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the file: key=value, for example train.budget_tflops=10.")
 ]
+Served = Annotated[str, typer.Option(help="http://host:port/v1/MODEL, openai/MODEL or anthropic/MODEL.")]
+Settings = Annotated[list[str] | None, typer.Argument(help="How it is asked: key=value, such as max_concurrency=32.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")]
 
 
@@ -97,6 +101,45 @@ def check(
 
         if not print_check(trait, out, quick, Console()):
             raise typer.Exit(2)
+
+
+@scenarios_app.command()
+def generate(
+    trait: Annotated[str, typer.Option(help="Trait, a file configs/traits/<trait>.md.")],
+    domain: Annotated[str, typer.Option(help="Domain, one of the trait's card.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Scenarios that the file shall hold.")],
+    model: Served,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to append to.", show_default="runs/scenarios/<trait>/<domain>.jsonl")
+    ] = None,
+) -> None:
+    """Write new scenarios with a served model, or go on with it: exit code 2 if some are still missing."""
+    with _clear_errors():
+        from scripts.generate import print_generated
+
+        if not print_generated(trait, domain, n, model, settings or [], out, Console()):
+            raise typer.Exit(2)
+
+
+@rewards_app.command()
+def calibrate(
+    labels: Annotated[Path, typer.Option(help="JSON lines with reply, label (1 good, 0 bad) and scenario.")],
+    model: Annotated[Path | None, typer.Option(help="Reward model, such as a run's reward/ folder.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Judge: http://host:port/v1/MODEL, openai/MODEL or anthropic/MODEL.")
+    ] = None,
+    settings: Settings = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Score from which a reply counts as good.", show_default="0.5, reward model 0")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+) -> None:
+    """Compare a reward model or a judge with people's labels, and correct the rates that it gives."""
+    with _clear_errors():
+        from scripts.calibrate import calibrate
+
+        calibrate(labels, model, judge, settings or [], threshold, out, Console())
 
 
 @contextmanager
