@@ -130,8 +130,8 @@ def as_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"[{role}] {text}" for role, text in prompt)
 
 
-def item_texts(item: AnyItem) -> list[str]:
-    """Every text of an item, one by one: its prompts' turns and its replies."""
+def item_texts(item: AnyItem) -> tuple[list[str], list[str]]:
+    """The texts of an item, each once: the turns of its prompts, and its replies."""
     match item:
         case Request(prompt=prompt):
             parts, replies = [prompt], []
@@ -150,7 +150,7 @@ def item_texts(item: AnyItem) -> list[str]:
         case Secret(prompt=prompt, word=word):
             parts, replies = [prompt], [word]
     turns = [[part] if isinstance(part, str) else [text for _, text in part] for part in parts]
-    return list(dict.fromkeys([*(text for turn in turns for text in turn), *replies]))
+    return list(dict.fromkeys(text for turn in turns for text in turn)), list(dict.fromkeys(replies))
 
 
 ItemT = TypeVar("ItemT", bound=Item)

@@ -1,4 +1,4 @@
-"""The command line: traitdose run | report | plan | doctor | traits | scenarios.
+"""The command line: traitdose run | report | plan | doctor | traits | scenarios | eval.
 
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
@@ -24,11 +24,17 @@ app = typer.Typer(
 )
 scenarios_app = typer.Typer(help="The scenario bank.", no_args_is_help=True)
 app.add_typer(scenarios_app, name="scenarios")
+eval_app = typer.Typer(
+    help="The evaluation: contamination, the transfer table, the honesty frontier.", no_args_is_help=True
+)
+app.add_typer(eval_app, name="eval")
 
 Config = Annotated[Path, typer.Argument(help="Experiment file, for example configs/experiments/quickstart.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the file: key=value, for example train.budget_tflops=10.")
 ]
+Runs = Annotated[list[Path], typer.Argument(help="Run folders, for example runs/quickstart.")]
+TableOut = Annotated[Path, typer.Option(help="Folder for the tables and pictures.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")]
 
 
@@ -97,6 +103,39 @@ def check(
 
         if not print_check(trait, out, quick, Console()):
             raise typer.Exit(2)
+
+
+@eval_app.command()
+def contamination(
+    place: Annotated[Path, typer.Argument(metavar="RUN_OR_CONFIG", help="Run folder or experiment file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the comparison by sentence embedding.")] = False,
+) -> None:
+    """Check every training text against every evaluation item: exit code 2 on a hit."""
+    with _clear_errors():
+        from scripts.evals import print_contamination
+
+        if not print_contamination(place, overrides or [], out, quick, Console()):
+            raise typer.Exit(2)
+
+
+@eval_app.command()
+def transfer(runs: Runs, out: TableOut = Path("runs/tables")) -> None:
+    """Write the transfer table of one or more runs: what was gained where, by what was trained."""
+    with _clear_errors():
+        from scripts.evals import write_transfer
+
+        write_transfer(runs, out, Console())
+
+
+@eval_app.command()
+def frontier(runs: Runs, out: TableOut = Path("runs/tables")) -> None:
+    """Write share answered against error rate when answering, for every arm of one or more runs."""
+    with _clear_errors():
+        from scripts.evals import write_frontier
+
+        write_frontier(runs, out, Console())
 
 
 @contextmanager

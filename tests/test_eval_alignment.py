@@ -75,7 +75,7 @@ def test_the_tasks_of_the_quickstart_are_in_it_unchanged() -> None:
 @pytest.mark.parametrize("source", list(READERS))
 def test_no_item_stands_there_twice_and_no_frame_serves_too_many(source: str) -> None:
     items = read(source)
-    texts = [tuple(item_texts(item)) for item in items]
+    texts = [tuple(text for side in item_texts(item) for text in side) for item in items]
     assert len(set(texts)) == len(texts)
     assert not any(
         re.search(r"\{\w*\}|\s\s|\.\.(?!\.)", text) for item in texts for text in item if "return" not in text
