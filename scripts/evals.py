@@ -1,4 +1,4 @@
-"""The commands `traitdose eval contamination | transfer | frontier`: what is trained against what is evaluated; tables."""
+"""The commands under `traitdose eval`: contamination of training and evaluation, the transfer table, the frontier."""
 
 from __future__ import annotations
 
@@ -243,3 +243,38 @@ def _write_json(path: Path, content: Any) -> None:
 def _tell(out: Path, names: Sequence[str], console: Console) -> None:
     for name in names:
         console.print(str(out / name), soft_wrap=True, highlight=False)
+
+
+# Hub suites
+
+
+def run_hub(
+    model: str,
+    suite: Path,
+    out: Path | None,
+    limit: int | None,
+    judge: str | None,
+    training_judge: str | None,
+    allow_code: bool,
+    console: Console,
+) -> None:
+    """Run a hub suite and print its scores; everything a run lacks is said before anything is downloaded."""
+    from eval.hub import load_suite, run_suite
+
+    plan = load_suite(find_file(str(suite)))
+    folder = out or Path("runs") / "hub" / plan.name
+
+    def progress(name: str, done: int, total: int) -> None:
+        console.print(f"{done + 1} of {total}: {name}", highlight=False)
+
+    scores = run_suite(plan, model, folder, limit, judge, training_judge, allow_code, progress)
+    _write_json(folder / "scores.json", scores)
+    left_out = [task.name for task in plan.tasks if task.name not in scores]
+    table = Table("task", "metric", "score", title=plan.name, title_justify="left")
+    for task in plan.tasks:
+        if task.name in scores:
+            table.add_row(task.name, task.metric or "all", escape(json.dumps(scores[task.name])))
+    console.print(table)
+    if left_out:
+        console.print(f"left out, because they execute model-written code (--allow-code): {', '.join(left_out)}")
+    _tell(folder, ("scores.json",), console)
