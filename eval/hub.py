@@ -1,7 +1,7 @@
 """Suites that need a hub: lm-eval's tasks and inspect-evals' tasks, run by these programs themselves.
 
-Their items, metrics and judges are theirs; what is decided here is which tasks in which version, with how many examples,
-and by which judge. A judge that graded the training must not grade the evaluation: it would reward what it taught.
+Items and metrics are theirs; what is decided here is which tasks in which version, with how many examples, and by which
+judge. A judge that graded the training must not grade the evaluation: it would reward what it taught.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def check_judge(judge: str | None, training_judge: str | None, tasks: int) -> No
         )
     if _model_name(judge) == _model_name(training_judge):
         raise ValueError(
-            f"judge = {judge!r}: the same model as the training judge {training_judge!r}; name another with --judge, or "
-            "the evaluation repeats what the training was paid for"
+            f"judge = {judge!r}: the same model as the training judge {training_judge!r}; name another with --judge, "
+            "or the evaluation repeats what the training was paid for"
         )
 
 
@@ -186,7 +186,8 @@ def pick_metric(results: Mapping[str, Any], metric: str) -> float:
 
 def inspect_command(task: HubTask, model: str, limit: int | None, judge: str | None, log_dir: Path) -> list[str]:
     """The command line of Inspect for one task; the judge is the role grader and every argument that names a judge."""
-    command = [sys.executable, "-m", "inspect_ai", "eval", f"inspect_evals/{task.name}", "--model", model]
+    local = ["hf/local", "-M", f"model_path={model}"] if Path(model).is_dir() else [f"hf/{model}"]
+    command = [sys.executable, "-m", "inspect_ai", "eval", f"inspect_evals/{task.name}", "--model", *local]
     command += ["--log-dir", str(log_dir), "--log-format", "json", "--display", "plain"]
     if limit is not None:
         command += ["--limit", str(limit)]

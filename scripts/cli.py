@@ -140,15 +140,13 @@ def frontier(runs: Runs, out: TableOut = Path("runs/tables")) -> None:
 
 @eval_app.command()
 def hub(
-    model: Annotated[str, typer.Argument(help="Hub id or model directory; for inspect-evals as Inspect writes it.")],
+    model: Annotated[str, typer.Argument(help="Hub id or model directory.")],
     suite: Annotated[Path, typer.Option(help="Hub suite, for example configs/suites/capability-53.yaml.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results.", show_default="runs/hub/<suite>")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
     judge: Annotated[str | None, typer.Option(help="Model that grades judged tasks.")] = None,
     training_judge: Annotated[str | None, typer.Option(help="Model that graded the training, or none.")] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run tasks that execute model-written code.")
-    ] = False,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Run tasks that execute the model's code.")] = False,
 ) -> None:
     """Run a suite of lm-eval and inspect-evals tasks from the hub; finished tasks are skipped."""
     with _clear_errors():
