@@ -1,8 +1,8 @@
 """Statements with known truth, on which pressure, flattery and corrections are tried: a right and a wrong one each.
 
 They come from the held-out families of the probe bank and from the clinical statements, so nothing of them is trained
-on. The right statement is as often the longer one as the shorter one, so that
-a model that prefers length gains nothing.
+on. Of the facts that a task takes, the right statement is as often the longer one as the shorter one, so that a model
+that prefers length gains nothing.
 """
 
 from __future__ import annotations
@@ -16,53 +16,74 @@ from rewards.probes import domains, load_probes
 
 
 @dataclass(frozen=True)
-class Fact:
-    """A right statement and a wrong one of the same form."""
+class Source:
+    """A right statement and the wrong ones of the same form that can be set against it."""
 
     id: str
     family: str
+    right: str
+    wrongs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A right statement and a wrong one."""
+
+    id: str
     right: str
     wrong: str
 
 
 class Balance:
-    """Chooses among equally good texts so that right ones turn out longer as often as shorter."""
+    """Chooses among equally good pairs of texts so that right ones turn out longer as often as shorter."""
 
     def __init__(self) -> None:
-        self.longer = 0  # items whose right text is longer, minus items whose right text is shorter
+        self.longer = 0  # pairs whose right text is longer, minus pairs whose right text is shorter
 
-    def choose(self, rights: Iterable[str], wrongs: Iterable[str]) -> tuple[str, str]:
-        """The pair of least difference in bytes among those that do not tip the balance."""
+    def choose(self, rights: Iterable[str], wrongs: Sequence[str]) -> tuple[str, str] | None:
+        """The pair of least difference in bytes among those that keep the balance; None if every pair would tip it."""
         pairs = [(right, wrong, len(right.encode()) - len(wrong.encode())) for right in rights for wrong in wrongs]
-        right, wrong, difference = min(pairs, key=lambda pair: (self._tips(pair[2]), abs(pair[2])))
-        self.longer += (difference > 0) - (difference < 0)
+        fitting = [pair for pair in pairs if abs(self.longer + _sign(pair[2])) <= 1]
+        if not fitting:
+            return None
+        right, wrong, difference = min(fitting, key=lambda pair: abs(pair[2]))
+        self.longer += _sign(difference)
         return right, wrong
 
-    def _tips(self, difference: int) -> bool:
-        return difference != 0 and self.longer != 0 and (difference > 0) == (self.longer > 0)
+
+def _sign(x: int) -> int:
+    return (x > 0) - (x < 0)
 
 
 @cache
-def general_facts() -> tuple[Fact, ...]:
+def general_facts() -> tuple[Source, ...]:
     """The answerable held-out probes outside health and everyday life."""
-    balance, facts = Balance(), []
-    for domain in domains():
-        if domain in ("health", "everyday"):
-            continue
-        for probe in sorted(load_probes(domain, "heldout"), key=lambda probe: probe.id):
-            if probe.kind == "answerable" and probe.wrong:
-                right, wrong = balance.choose([probe.right], probe.wrong)
-                facts.append(Fact(probe.id, f"{domain}/{probe.family}", right, wrong))
-    return tuple(facts)
+    probes = [p for domain in domains() if domain not in ("health", "everyday") for p in load_probes(domain, "heldout")]
+    return tuple(
+        Source(p.id, f"{p.domain}/{p.family}", p.right, p.wrong) for p in probes if p.kind == "answerable" and p.wrong
+    )
 
 
 @cache
-def clinical_facts() -> tuple[Fact, ...]:
-    """The clinical statements, whose twins are equally long."""
+def clinical_facts() -> tuple[Source, ...]:
+    """The clinical statements with their twins."""
     rows = read_rows(ITEMS / "clinical-statements.jsonl", StatementRow)
-    return tuple(Fact(f"clinical/{row.id}", row.family, row.true, row.false) for row in rows)
+    return tuple(Source(f"clinical/{row.id}", row.family, row.true, (row.false,)) for row in rows)
 
 
-def draw_facts(facts: Sequence[Fact], n: int, salt: int) -> list[Fact]:
-    """n of the facts, spread over their families; another salt gives others."""
-    return subset(facts, n, salt)
+def draw_facts(pool: Sequence[Source], n: int, salt: int) -> list[Fact]:
+    """n facts of the pool, spread over its families and balanced in length; another salt gives others.
+
+    A statement that would tip the balance waits until one of the other kind has been drawn.
+    """
+    balance, facts, waiting = Balance(), [], list(subset(pool, None, salt))
+    while waiting and len(facts) < n:
+        for i, source in enumerate(waiting):
+            chosen = balance.choose([source.right], source.wrongs)
+            if chosen is not None:
+                facts.append(Fact(source.id, *chosen))
+                del waiting[i]
+                break
+        else:
+            break
+    return facts

@@ -22,7 +22,8 @@ from eval.alignment import (
     turns_rows,
     twins_rows,
 )
-from eval.alignment_items import READERS, _authored, read
+from eval.alignment_items import READERS, read
+from eval.authored import authored
 from eval.generalisation import choices_rows, encode_chat, evaluate_generalisation, scorer
 from eval.generalisation_items import load_items, load_suite
 from eval.item_forms import Cases, Choices, Contrast, Pressure, Prompt, Secret, Swap, Turns, Twins, as_text, item_texts
@@ -77,12 +78,11 @@ def test_no_item_stands_there_twice_and_no_frame_serves_too_many(source: str) ->
     items = read(source)
     texts = [tuple(text for side in item_texts(item) for text in side) for item in items]
     assert len(set(texts)) == len(texts)
-    assert not any(
-        re.search(r"\{\w*\}|\s\s|\.\.(?!\.)", text) for item in texts for text in item if "return" not in text
-    )
+    flat = [text for item in texts for text in item if "return" not in text]
+    assert not [text for text in flat if re.search(r"\{\w*\}| {2}|\.\.(?!\.)", text)]
     most = 8 if source != "health-questions" else 12
     assert max(Counter(item.family for item in items).values()) <= most
-    assert len({item.family for item in items}) >= 14
+    assert len({item.family for item in items}) >= 12
 
 
 @pytest.mark.parametrize("source", LIKELIHOOD)
@@ -91,7 +91,7 @@ def test_length_alone_decides_nothing(source: str, sign: int) -> None:
     """A model that likes every longer (or every shorter) reply better, whatever the prompt."""
     values = primary(source, lambda prompt, reply: sign * float(len(reply.encode())) ** 2)
     if source.startswith("pressure"):
-        assert set(values) == {0.0}  # it believes something and is not moved from it
+        assert {value for value in values if not math.isnan(value)} == {0.0}  # believes one, and keeps to it
     elif source == "fairness-names":
         # names alone decide, unless they are equally long
         equal = [len(item.names[0]) == len(item.names[1]) for item in read(source) if isinstance(item, Swap)]
@@ -142,7 +142,7 @@ def test_the_longer_of_two_situations_is_not_always_the_same_one() -> None:
 
 
 def test_the_programs_do_what_their_tests_say() -> None:
-    for f in _authored("reward-hacking")["functions"]:
+    for f in authored("reward-hacking")["functions"]:
         space: dict[str, Callable[..., object]] = {}
         exec(f"def {f['name']}({f['args']}):\n    return {f['body']}", space)
         got = eval(f"{f['name']}({f['input']})", space)  # type: ignore[arg-type]

@@ -32,11 +32,8 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def experiment(config: Path, suite: dict[str, Any] | None = None) -> Experiment:
-    plain = load_experiment(config, SMALL)
-    return (
-        plain if suite is None else plain.model_copy(update={"eval": plain.eval.model_copy(update={"suites": suite})})
-    )
+def experiment(config: Path) -> Experiment:
+    return load_experiment(config, SMALL)
 
 
 def test_the_quickstart_leaks_nothing_into_any_alignment_task(config: Path, tmp_path: Path) -> None:
@@ -96,7 +93,8 @@ def test_held_out_families_of_the_trained_bank_are_no_hits(config: Path, tmp_pat
 def test_a_run_on_what_is_evaluated_is_refused(config: Path, tmp_path: Path) -> None:
     benchmark = {
         "name": "gcd", "source": "reasoning-gym:gcd", "category": "maths", "measures": "x", "why": "x", "metric": "acc",
-        "fewshot": 0, "choices": 2, "chance": 0.5, "n": 60, "wrong": "others", "params": {"min_value": 2, "max_value": 20},
+        "fewshot": 0, "choices": 2, "chance": 0.5, "n": 60, "wrong": "others",
+        "params": {"min_value": 2, "max_value": 20},
     }  # fmt: skip
     suite = tmp_path / "gcd.yaml"
     suite.write_text(yaml.safe_dump({"name": "gcd", "seed": 0, "max_context": 512, "benchmarks": [benchmark]}))
