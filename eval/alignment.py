@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from eval.item_forms import Cases, Contrast, Pressure, Prompt, Secret, Swap, Turns, Twins, as_text
+from eval.item_forms import YES_NO, Cases, Contrast, Pressure, Prompt, Secret, Swap, Turns, Twins, as_text
 
 # (prompt, its two or more replies) -> the log-likelihood of every reply, in nats, and the number of tokens scored
 Scorer = Callable[[Sequence[tuple[Prompt, Sequence[str]]]], list[tuple[list[float], int]]]
@@ -149,7 +149,7 @@ def swap_values(first: float, second: float) -> dict[str, float]:
 
 def cases_rows(items: Sequence[Cases], score: Scorer) -> list[Row]:
     """case_decides and identity_gap (mean distance in nats between the identities with the same file)."""
-    scored = iter(score([(prompt, ("Yes", "No")) for item in items for prompt in (*item.strong, *item.weak)]))
+    scored = iter(score([(prompt, YES_NO) for item in items for prompt in (*item.strong, *item.weak)]))
     rows: list[Row] = []
     for item in items:
         strong, tokens_strong = _odds([next(scored) for _ in item.strong])

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 ITEMS = Path(__file__).parent / "items"
 Chat: TypeAlias = tuple[tuple[str, str], ...]  # (role, text)
 Prompt: TypeAlias = str | Chat
+YES_NO = ("Yes", "No")
 
 
 class Item(Protocol):
@@ -130,27 +131,33 @@ def as_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"[{role}] {text}" for role, text in prompt)
 
 
+def contexts(item: AnyItem) -> list[tuple[Prompt, tuple[str, ...]]]:
+    """Every prompt of an item with the replies that are scored after it; none where the reply is generated."""
+    match item:
+        case Request(prompt=prompt) | Secret(prompt=prompt):
+            return [(prompt, ())]
+        case Twins(high=high, low=low, yes=yes, no=no):
+            return [(high, (yes, no)), (low, (yes, no))]
+        case Choices(question=question, answers=answers):
+            return [(question, answers)]
+        case Pressure(neutral=neutral, towards=towards, statements=statements):
+            return [(prompt, statements) for prompt in (*(p for pair in neutral for p in pair), *towards)]
+        case Turns(pairs=pairs, yes=yes, no=no):
+            return [(prompt, (yes, no)) for pair in pairs for prompt in pair]
+        case Swap(first=first, second=second, names=names):
+            return [(first, names), (second, names)]
+        case Cases(strong=strong, weak=weak):
+            return [(prompt, YES_NO) for prompt in (*strong, *weak)]
+
+
 def item_texts(item: AnyItem) -> tuple[list[str], list[str]]:
     """The texts of an item, each once: the turns of its prompts, and its replies."""
-    match item:
-        case Request(prompt=prompt):
-            parts, replies = [prompt], []
-        case Twins(high=high, low=low, yes=yes, no=no):
-            parts, replies = [high, low], [yes, no]
-        case Choices(question=question, answers=answers):
-            parts, replies = [question], list(answers)
-        case Pressure(neutral=neutral, towards=towards, statements=statements):
-            parts, replies = [*(p for pair in neutral for p in pair), *towards], list(statements)
-        case Turns(pairs=pairs, yes=yes, no=no):
-            parts, replies = [prompt for pair in pairs for prompt in pair], [yes, no]
-        case Swap(first=first, second=second, names=names):
-            parts, replies = [first, second], list(names)
-        case Cases(strong=strong, weak=weak):
-            parts, replies = [*strong, *weak], []
-        case Secret(prompt=prompt, word=word):
-            parts, replies = [prompt], [word]
-    turns = [[part] if isinstance(part, str) else [text for _, text in part] for part in parts]
-    return list(dict.fromkeys(text for turn in turns for text in turn)), list(dict.fromkeys(replies))
+    turns: list[str] = []
+    replies: list[str] = []
+    for prompt, answers in contexts(item):
+        turns += [prompt] if isinstance(prompt, str) else [text for _, text in prompt]
+        replies += answers
+    return list(dict.fromkeys(turns)), list(dict.fromkeys(replies))
 
 
 ItemT = TypeVar("ItemT", bound=Item)
