@@ -144,8 +144,10 @@ def _capability_texts(file: Path, limit: int | None, _seed: int) -> Iterator[Tex
 
     suite = load_suite(file)
     for benchmark in suite.benchmarks:
+        head, tail = benchmark.prompt.split("{question}", 1)
         for item in load_items(benchmark, suite.seed, limit):
-            yield Text(f"{benchmark.name} {item.id}", item.prompt, True)
+            question = item.prompt.removeprefix(head).removesuffix(tail)
+            yield Text(f"{benchmark.name} {item.id}", question, True)
             yield from (Text(f"{benchmark.name} {item.id}", choice, False) for choice in item.choices)
 
 
