@@ -32,7 +32,7 @@ def transfer_cells(
     for (of, domain), group in known.groupby(["trait", "domain"], sort=True):
         signs = np.array([1.0 if polarity[task] else -1.0 for task in group["task"]])
         d = signs * (group["value_arm"].to_numpy(np.float64) - group["value_control"].to_numpy(np.float64))
-        answerable = np.where(group["kind"] == "answerable", "answerable", "other")
+        answerable = group["kind"].where(group["kind"] == "answerable", "other")
         # the suite fixes how many items each task and kind gives, so their shares are no chance
         strata = (group["task"] + "/" + answerable).to_numpy(str)
         estimate = paired_difference(d, _clusters(group), group["seed"].to_numpy(), strata)

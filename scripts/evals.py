@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from eval.contamination import Hit, Text
-from rewards.probes import Probe, load_probes
+from eval.item_forms import ITEMS
+from rewards.probes import BANK, Probe, load_probes
 from scripts.experiment import Experiment, find_file, load_experiment
-from scripts.stages import run_stage, write_text
+from scripts.stages import hash_files, run_stage, write_text
 
 SHOWN = 20  # hits in the table; all of them are in the JSON
 
@@ -29,7 +30,9 @@ def print_contamination(place: Path, overrides: Sequence[str], out: Path | None,
     if is_run and not config.is_file():
         raise ValueError(f"{place}: no run folder (it has no config.yaml); give a run folder or an experiment file")
     experiment = load_experiment(config, overrides)
-    training = [*training_texts(experiment), *(run_texts(place) if is_run else ())]
+    training = training_texts(experiment)
+    known = {text.text for text in training}
+    training += [text for text in (run_texts(place) if is_run else ()) if text.text not in known]
     items = evaluation_texts(experiment, limited=False)
     hits = find_hits(training, items, meaning=not quick)
     console.print(f"{len(training)} training texts against {len(items)} evaluation texts: {len(hits)} hits.")
@@ -55,7 +58,12 @@ def check_run(experiment: Experiment, run_dir: Path) -> None:
             )
         _write_json(out / "hits.json", [])
 
-    run_stage(run_dir / "contamination", {"experiment": experiment.model_dump(mode="json")}, work, name="contamination")
+    files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
+    inputs = {
+        "experiment": experiment.model_dump(mode="json"),
+        "data": hash_files(*files, BANK, ITEMS, ITEMS / "alignment"),
+    }
+    run_stage(run_dir / "contamination", inputs, work, name="contamination")
 
 
 def find_hits(training: Sequence[Text], items: Sequence[Text], meaning: bool) -> list[Hit]:
@@ -82,7 +90,10 @@ def training_texts(experiment: Experiment) -> list[Text]:
         for k, example in enumerate(
             warm_start_examples(experiment.warm_start, reward.domains, experiment.standard.tasks, seed)
         ):
-            texts.append(Text(f"warm-start {k} ({example['source']})", example["answer"], False))
+            source = f"warm-start {k} ({example['source']})"
+            texts.append(Text(source, example["answer"], False))
+            if example["source"] in experiment.standard.tasks:  # the others ask the probes above
+                texts.append(Text(source, example["question"], True))
         for prompt in standard_prompts(train.max_steps * train.prompts_per_step, seed, experiment.standard.tasks):
             texts.append(Text(f"standard {prompt['prompt_id']}", prompt["prompt"][0]["content"], True))
     for scenario in load_scenarios(split="train"):
@@ -108,7 +119,7 @@ def run_texts(run_dir: Path) -> list[Text]:
     for path in sorted(run_dir.glob("arms/*/seed-*/train/rollouts.parquet")):
         arm = path.parent.parent.parent.name
         rollouts: Any = pd.read_parquet(path, columns=["source", "prompt_id", "prompt"])
-        # prompts of the probe bank were checked with their subjects
+        # the trait prompts ask the probes, which are checked with their subjects
         for row in rollouts[rollouts["source"] == "standard"].drop_duplicates().to_dict("records"):
             texts.append(Text(f"rollout {arm} {row['prompt_id']}", row["prompt"], True))
     return list(dict.fromkeys(text for text in texts if text.text))

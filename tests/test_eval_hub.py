@@ -65,7 +65,7 @@ def test_the_suites_are_for_the_installed_lm_eval() -> None:
 @pytest.mark.parametrize("task", lm_eval_tasks(), ids=lambda task: task.name)
 def test_every_lm_eval_task_is_registered_in_this_version_with_this_metric(task: HubTask) -> None:
     assert task.name in registered()
-    config = registered()[task.name].cfg
+    config = registered()[task.name].cfg or {}
     assert (config.get("metadata") or {}).get("version") == task.version
     assert task.metric in str(config) or task.name in BY_PROGRAM
     if "group" not in config and task.fewshot == "own":

@@ -118,7 +118,7 @@ def test_a_run_has_its_table_and_its_picture(tmp_path: Path) -> None:
     row = next(r for r in results["generalisation"] if (r["arm"], r["task"]) == ("dose-25", "truthfulness-law"))
     assert cells["dose-25", "law"]["delta"] == pytest.approx(row["delta"])
     assert cells["dose-25", "law"]["n"] == FAMILIES * ITEMS
-    drawn = build_charts(results)["transfer"]["layer"][0]["data"]["values"]
+    drawn = build_charts(results)["transfer"]["data"]["values"]
     assert len(drawn) == len(results["transfer"])
     assert {row["where"] for row in drawn} == {"never trained", "trained domain, other families"}
 

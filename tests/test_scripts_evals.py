@@ -101,7 +101,7 @@ def test_a_run_on_what_is_evaluated_is_refused(config: Path, tmp_path: Path) -> 
     plain = load_experiment(config, ["train.max_steps=100", "reward.probes=16", "warm_start.examples=20"])
     section = plain.eval.suites["generalisation"].model_copy(update={"file": str(suite), "limit": None})
     trained = plain.model_copy(update={"eval": plain.eval.model_copy(update={"suites": {"capability": section}})})
-    with pytest.raises(ValueError, match=r"contamination: \d+ training texts occur .* standard gcd/.* in gcd "):
+    with pytest.raises(ValueError, match=r"contamination: \d+ training texts occur .*gcd.* in gcd "):
         check_run(trained, tmp_path / "run")
     assert not (tmp_path / "run" / "contamination").exists()
 
