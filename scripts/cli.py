@@ -1,4 +1,4 @@
-"""The command line: traitdose run | report | plan | doctor | traits | scenarios | rewards.
+"""The command line: traitdose run | report | plan | doctor | traits | scenarios | rewards | eval.
 
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
@@ -26,6 +26,10 @@ scenarios_app = typer.Typer(help="The scenario bank.", no_args_is_help=True)
 app.add_typer(scenarios_app, name="scenarios")
 rewards_app = typer.Typer(help="Reward models and judges.", no_args_is_help=True)
 app.add_typer(rewards_app, name="rewards")
+eval_app = typer.Typer(
+    help="The evaluation: contamination, the transfer table, the honesty frontier.", no_args_is_help=True
+)
+app.add_typer(eval_app, name="eval")
 
 Config = Annotated[Path, typer.Argument(help="Experiment file, for example configs/experiments/quickstart.yaml.")]
 Overrides = Annotated[
@@ -33,6 +37,8 @@ Overrides = Annotated[
 ]
 Served = Annotated[str, typer.Option(help="http://host:port/v1/MODEL, openai/MODEL or anthropic/MODEL.")]
 Settings = Annotated[list[str] | None, typer.Argument(help="How it is asked: key=value, such as max_concurrency=32.")]
+Runs = Annotated[list[Path], typer.Argument(help="Run folders, for example runs/quickstart.")]
+TableOut = Annotated[Path, typer.Option(help="Folder for the tables and pictures.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")]
 
 
@@ -140,6 +146,56 @@ def calibrate(
         from scripts.calibrate import calibrate
 
         calibrate(labels, model, judge, settings or [], threshold, out, Console())
+
+
+@eval_app.command()
+def contamination(
+    place: Annotated[Path, typer.Argument(metavar="RUN_OR_CONFIG", help="Run folder or experiment file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the comparison by sentence embedding.")] = False,
+) -> None:
+    """Check every training text against every evaluation item: exit code 2 on a hit."""
+    with _clear_errors():
+        from scripts.evals import print_contamination
+
+        if not print_contamination(place, overrides or [], out, quick, Console()):
+            raise typer.Exit(2)
+
+
+@eval_app.command()
+def transfer(runs: Runs, out: TableOut = Path("runs/tables")) -> None:
+    """Write the transfer table of one or more runs: what was gained where, by what was trained."""
+    with _clear_errors():
+        from scripts.evals import write_transfer
+
+        write_transfer(runs, out, Console())
+
+
+@eval_app.command()
+def frontier(runs: Runs, out: TableOut = Path("runs/tables")) -> None:
+    """Write share answered against error rate when answering, for every arm of one or more runs."""
+    with _clear_errors():
+        from scripts.evals import write_frontier
+
+        write_frontier(runs, out, Console())
+
+
+@eval_app.command()
+def hub(
+    model: Annotated[str, typer.Argument(help="Hub id or model directory.")],
+    suite: Annotated[Path, typer.Option(help="Hub suite, for example configs/suites/capability-53.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results.", show_default="runs/hub/<suite>")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Model that grades judged tasks.")] = None,
+    training_judge: Annotated[str | None, typer.Option(help="Model that graded the training, or none.")] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Run tasks that execute the model's code.")] = False,
+) -> None:
+    """Run a suite of lm-eval and inspect-evals tasks from the hub; finished tasks are skipped."""
+    with _clear_errors():
+        from scripts.evals import run_hub
+
+        run_hub(model, suite, out, limit, judge, training_judge, allow_code, Console())
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from eval.generalisation_items import GENERATED, Choices, Request, Twins, load_items, load_suite
+from eval.generalisation_items import GENERATED, load_items, load_suite
+from eval.item_forms import AnyItem, as_text, contexts
 from models.embedded import EMBEDDED, cache_dir, gguf_path
 from rewards.probes import Probe
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
@@ -339,14 +340,11 @@ def _suite_summary(experiment: Experiment, name: str, path: Path, limit: int | N
     return f"{len(sizes)} tasks, {each} items each, {sum(counts):,} in all"
 
 
-def _item_tokens(item: Probe | Request | Twins | Choices) -> float:
+def _item_tokens(item: Probe | AnyItem) -> float:
     if isinstance(item, Probe):
         return text_tokens(item.question)
-    if isinstance(item, Request):
-        return text_tokens(item.prompt)
-    if isinstance(item, Twins):
-        return text_tokens(item.high) + text_tokens(item.low)
-    return text_tokens(item.question) + sum(map(len, item.answers)) / CHARS_PER_TOKEN
+    replies = sum(len(reply) for _, answers in contexts(item) for reply in answers) / CHARS_PER_TOKEN
+    return sum(text_tokens(as_text(prompt)) for prompt, _ in contexts(item)) + replies
 
 
 def _cost(tokens: float, flops_per_token: float, share: float, peak: float) -> Cost:

@@ -26,6 +26,7 @@ from rich.table import Table
 from eval.config import SuiteName
 from models.embedded import EMBEDDED
 from rewards.probes import BANK
+from scripts.evals import check_run
 from scripts.experiment import CHECKOUT, TRAITS, Experiment, find_file, is_hub_id
 from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, run_stage, write_text
 from scripts.tracking import run_name, tracked, tracking_mode
@@ -115,6 +116,7 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
         print_header(experiment, run_dir, stages, console)
         if len(whole_stages(stages, run_dir)) < len(stages):
             _check_suites(experiment)
+            check_run(experiment, run_dir)
         resolved = yaml.safe_dump(_plain(experiment), sort_keys=False, allow_unicode=True, width=120)
         write_text(run_dir / "config.yaml", resolved)
         try:
@@ -311,7 +313,7 @@ def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path
 
 def _eval_stage(experiment: Experiment, run_dir: Path, arm: str, seed: int, needs: str) -> Stage:
     files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
-    data = hash_files(*files, BANK, CHECKOUT / "eval" / "items")
+    data = hash_files(*files, BANK, CHECKOUT / "eval" / "items", CHECKOUT / "eval" / "items" / "alignment")
     inputs = {"eval": _hashed(experiment.eval), "data": data, "seed": seed}
     return Stage(f"arms/{arm}/seed-{seed}/eval", partial(_eval, experiment, run_dir, arm, seed), inputs, (needs,))
 
