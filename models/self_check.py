@@ -12,26 +12,10 @@ import torch
 from torch import Tensor
 
 from models.rollout import sample
-from models.shared_prompt import Tree, base_model, branch_logps
+from models.shared_prompt import Tree, base_model, branch_logps, plain_logps, structural_problem
 
 EXACT = 1e-4  # largest difference of log-probabilities in float32
 ROUNDED = 0.05  # mean difference in 16-bit arithmetic, where single tokens may differ by more
-ATTENTION = ("sdpa", "eager")  # implementations that take a mask of rows by columns
-LAYERS = ("full_attention", "sliding_attention")
-
-
-def structural_problem(model: Any) -> str | None:
-    """Why a model's structure rules prompt sharing out, or None."""
-    inner = base_model(model)
-    config = inner.config.get_text_config()
-    if inner._is_stateful:
-        return "its recurrent layers carry a state from one completion into the next"
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYERS))
-    if other:
-        return f"its layers of type {', '.join(other)} do not take a mask of rows by columns"
-    if config._attn_implementation not in ATTENTION:
-        return f"attention implementation {config._attn_implementation!r} takes no mask of rows by columns"
-    return None
 
 
 def check_trees(vocabulary: int) -> list[Tree]:
@@ -58,7 +42,7 @@ def difference(ours: Tensor, plain: Tensor, exact: bool) -> str | None:
 @torch.no_grad()
 def sharing_problem(model: Any) -> str | None:
     """Why a model in memory cannot share prompts in forward passes, or None. Costs a few short forward passes."""
-    problem = structural_problem(model)
+    problem = structural_problem(base_model(model).get_decoder())
     if problem is not None:
         return problem
     trees = check_trees(base_model(model).config.get_text_config().vocab_size)
@@ -88,14 +72,6 @@ def rollout_problem(model: Any, exact: bool) -> str | None:
             if lost > (EXACT if exact else 10 * ROUNDED):
                 return f"greedy decoding from a shared prompt missed the best token by {lost:.2g} in its logit"
     return None
-
-
-def plain_logps(model: Any, prompt: list[int], branch: list[int]) -> Tensor:
-    """Log-probabilities of a branch given its prompt, (len(branch),) float32, by one forward of their own."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=torch.tensor([prompt + branch], device=device)).logits[0]
-    rows = logits[len(prompt) - 1 : len(prompt) - 1 + len(branch)].float().log_softmax(-1)
-    return rows.gather(1, torch.tensor(branch, dtype=torch.long, device=device)[:, None])[:, 0]
 
 
 def is_exact(model: Any) -> bool:

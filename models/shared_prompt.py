@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 PROMPT = -1  # branch index of a prompt token
+ATTENTION = ("sdpa", "eager")  # implementations that take a mask of rows by columns
+LAYERS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -173,13 +175,33 @@ def base_model(model: Any) -> Any:
 
 
 def packed_hidden(decoder: Any, packed: Pack) -> Tensor:
-    """Last hidden states of a pack, (T, D), from a decoder without its head."""
+    """Last hidden states of a pack, (T, D), from a decoder without its head.
+
+    Raises ValueError for a decoder whose layers cannot share a prompt.
+    """
+    problem = structural_problem(decoder)
+    if problem is not None:
+        raise ValueError(
+            f"{decoder.config.name_or_path or 'the model'} cannot share prompts: {problem}; use another base"
+        )
     return decoder(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         attention_mask=attention_masks(packed, decoder.config, decoder.dtype),
         use_cache=False,
     ).last_hidden_state[0]
+
+
+def structural_problem(decoder: Any) -> str | None:
+    """Why a decoder's structure rules prompt sharing out, or None."""
+    if decoder._is_stateful:
+        return "its recurrent layers carry a state from one completion into the next"
+    other = sorted(set(getattr(decoder.config, "layer_types", None) or ()) - set(LAYERS))
+    if other:
+        return f"its layers of type {', '.join(other)} do not take a mask of rows by columns"
+    if decoder.config._attn_implementation not in ATTENTION:
+        return f"attention implementation {decoder.config._attn_implementation!r} takes no mask of rows by columns"
+    return None
 
 
 def attention_masks(packed: Pack, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
@@ -291,8 +313,12 @@ class _FrozenHeadLogps(torch.autograd.Function):
 def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: int = 1024) -> list[list[Tensor]]:
     """Log-probabilities of every branch's tokens given its prompt: [tree][branch] -> (len(branch),). No gradient.
 
-    Trees of like length share a sequence of at most `token_budget` tokens (a longer tree stands alone).
+    Trees of like length share a sequence of at most `token_budget` tokens (a longer tree stands alone). A model that
+    cannot share prompts gets a forward for every branch.
     """
+    if structural_problem(base_model(model).get_decoder()) is not None:
+        with torch.inference_mode():
+            return [[plain_logps(model, tree.prompt, branch) for branch in tree.branches] for tree in trees]
     order = sorted(range(len(trees)), key=lambda i: len(trees[i]))
     result: list[list[Tensor]] = [[] for _ in trees]
     device = next(model.parameters()).device
@@ -306,3 +332,11 @@ def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: in
                 result[order[i]] = list(pieces[cursor : cursor + len(lengths)])
                 cursor += len(lengths)
     return result
+
+
+def plain_logps(model: Any, prompt: list[int], branch: list[int]) -> Tensor:
+    """Log-probabilities of a branch given its prompt, (len(branch),) float32, by one forward of their own."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=torch.tensor([prompt + branch], device=device)).logits[0]
+    rows = logits[len(prompt) - 1 : len(prompt) - 1 + len(branch)].float().log_softmax(-1)
+    return rows.gather(1, torch.tensor(branch, dtype=torch.long, device=device)[:, None])[:, 0]

@@ -24,12 +24,10 @@ from models.rollout import sample
 from models.self_check import (
     check_trees,
     difference,
-    plain_logps,
     rollout_problem,
     sharing_problem,
-    structural_problem,
 )
-from models.shared_prompt import branch_logps, pack_for_forward
+from models.shared_prompt import branch_logps, pack, pack_for_forward, packed_hidden, plain_logps
 from tests.conftest import tiny_llama
 
 SHAPE: dict[str, Any] = {
@@ -94,14 +92,22 @@ def test_the_window_matters_here(name: str) -> None:
 @pytest.mark.parametrize(
     ("model", "word"),
     [
-        (lambda: AutoModelForCausalLM.from_config(MambaConfig(vocab_size=259, hidden_size=32, state_size=4)), "recur"),
+        (lambda: AutoModelForCausalLM.from_config(MambaConfig(**SHAPE, state_size=4)), "recur"),
         (lambda: AutoModelForCausalLM.from_config(Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])), "conv"),
     ],
     ids=["mamba", "lfm2"],
 )
 def test_recurrent_and_hybrid_models_are_known_by_their_structure(model: Any, word: str) -> None:
-    assert word in (structural_problem(model()) or "")
-    assert sharing_problem(model()) is not None
+    torch.manual_seed(0)
+    hybrid = model().eval()
+    assert word in (sharing_problem(hybrid) or "")
+    trees = check_trees(259)
+    with torch.no_grad():  # scoring takes a forward for every branch instead, and a reward model says no
+        for tree, branches in zip(trees, branch_logps(hybrid, trees), strict=True):
+            for branch, logps in zip(tree.branches, branches, strict=True):
+                torch.testing.assert_close(logps, plain_logps(hybrid, tree.prompt, branch))
+    with pytest.raises(ValueError, match="cannot share prompts: its"):
+        packed_hidden(hybrid.get_decoder(), pack(trees))
 
 
 def test_an_attention_without_4d_masks_is_known_by_its_name() -> None:
@@ -110,30 +116,35 @@ def test_an_attention_without_4d_masks_is_known_by_its_name() -> None:
     assert "vllm-flash-attn3" in (sharing_problem(model) or "")
 
 
-def test_a_model_that_drops_the_mask_is_found_by_its_numbers() -> None:
+def careless(forward: Any) -> LlamaForCausalLM:
+    """A Llama whose decoder is called by `forward(decoder, **inputs)`."""
+
     class Careless(LlamaForCausalLM):
         def get_decoder(self) -> Any:
-            decoder = self.model
+            inner = self.model
 
-            class Maskless(torch.nn.Module):
-                config, dtype = decoder.config, torch.float32
+            class Decoder(torch.nn.Module):
+                config, dtype, _is_stateful = inner.config, torch.float32, False
 
-                def forward(self, attention_mask: Any, **inputs: Any) -> Any:
-                    return decoder(**inputs)
+                def forward(self, **inputs: Any) -> Any:
+                    return forward(inner, **inputs)
 
-            return Maskless()
+            return Decoder()
 
-    model = Careless(tiny_llama().config).eval()
+    return Careless(tiny_llama().config).eval()
+
+
+def test_a_model_that_drops_the_mask_is_found_by_its_numbers() -> None:
+    model = careless(lambda decoder, attention_mask, **inputs: decoder(**inputs))
     assert "differ" in (sharing_problem(model) or "")
+    assert sharing_problem(careless(lambda decoder, **inputs: decoder(**inputs))) is None
 
 
 def test_a_model_that_fails_on_the_layout_is_found() -> None:
-    class Refusing(LlamaForCausalLM):
-        def get_decoder(self) -> Any:
-            raise NotImplementedError("one mask for all\nis enough")
+    def refuse(decoder: Any, **inputs: Any) -> Any:
+        raise NotImplementedError("one mask for all\nis enough")
 
-    model = Refusing(tiny_llama().config).eval()
-    assert sharing_problem(model) == "the shared forward raised NotImplementedError: one mask for all"
+    assert sharing_problem(careless(refuse)) == "the shared forward raised NotImplementedError: one mask for all"
 
 
 def test_a_cache_that_forgets_is_found_by_the_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,17 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from models.rollout import sample
-from models.self_check import check_trees, difference, is_exact, raised, rollout_problem, structural_problem
-from models.shared_prompt import Tree, attention_masks, base_model, fill, pack, pack_for_forward, packed_logps
+from models.self_check import check_trees, difference, is_exact, raised, rollout_problem
+from models.shared_prompt import (
+    Tree,
+    attention_masks,
+    base_model,
+    fill,
+    pack,
+    pack_for_forward,
+    packed_logps,
+    structural_problem,
+)
 from train.checkpoints import PARTIAL, clear_partial, partial_folder, seal
 
 Record = Callable[[int, list[dict[str, Any]], list[list[int]], list[list[int]], Tensor, Tensor], None]
@@ -265,7 +274,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _sharing_problem(self) -> str | None:
         model = self.accelerator.unwrap_model(self.model)
-        problem = structural_problem(model)
+        problem = structural_problem(base_model(model).get_decoder())
         if problem is not None:
             return problem
         plugin = self.accelerator.state.deepspeed_plugin
