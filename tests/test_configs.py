@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from scripts.cli import app
 from scripts.experiment import CHECKOUT, load_experiment
+from train.config import cuda_settings
 from train.policy import grpo_config
 
 EXPERIMENTS = sorted((CHECKOUT / "configs" / "experiments").glob("*.yaml"))
@@ -43,6 +44,7 @@ def test_experiment(path: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", str(path), "--out", str(tmp_path / "run")], env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     assert path.stem in result.stdout
+    assert ("a CUDA device" in result.stdout) == bool(cuda_settings(train))
     assert not (tmp_path / "run").exists()
 
 
