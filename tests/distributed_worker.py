@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -31,7 +30,7 @@ class ShardedTrainer(SharedPromptGRPOTrainer):
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             cpu_ram_efficient_loading=False,
-            state_dict_type="FULL_STATE_DICT",
+            state_dict_type="SHARDED_STATE_DICT",
         )
         state.distributed_type = DistributedType.FSDP
         self.is_fsdp_enabled = True
@@ -43,16 +42,22 @@ def train_arm(stages: Path, out: Path) -> None:
     train_policy(TRAIN, STANDARD, ArmConfig(dose=0.5), REWARD, stages / "start", stages / "reward", out, 0)
 
 
-def train_trainer(model: Path, out: Path, kind: type[SharedPromptGRPOTrainer], lora: bool, processes: int) -> Any:
-    """Three steps of the bare trainer on a global batch of 8 rows, packed tightly so that processes differ in packs."""
+def train_trainer(
+    model: Path, out: Path, kind: type[SharedPromptGRPOTrainer], lora: bool, processes: int, resume: Path | None = None
+) -> Path:
+    """Three steps of the bare trainer on a global batch of 8 rows, packed tightly so that processes differ in packs.
+
+    Returns the weights' folder. A checkpoint is left after the second step.
+    """
     trainer = build(
         model, out / "trainer", True, lora, kind=kind, noise="row", max_steps=3, beta=0.04, max_completion_length=8,
         per_device_train_batch_size=8 // processes, num_generations=2, learning_rate=1e-3, token_budget=32,
+        save_strategy="steps", save_steps=2,
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     assert trainer.share, "prompt sharing fell back"
     save_weights(trainer, out / "weights")
-    return trainer
+    return out / "weights"
 
 
 if __name__ == "__main__":
@@ -62,5 +67,8 @@ if __name__ == "__main__":
         train_arm(folder, out)
     else:
         kind = ShardedTrainer if mode.startswith("fsdp") else SharedPromptGRPOTrainer
-        train_trainer(folder, out, kind, lora=not mode.endswith("full"), processes=2)
+        lora = not mode.endswith("full")
+        train_trainer(folder, out, kind, lora, processes=2)
+        torch.distributed.barrier()
+        train_trainer(folder, out / "resumed", kind, lora, processes=2, resume=out / "trainer" / "checkpoint-2")
     torch.distributed.destroy_process_group()

@@ -82,12 +82,15 @@ def test_an_arm_of_two_processes_is_that_of_one_also_after_a_kill(tiny_stages: P
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "ddp-full", "fsdp", "fsdp-full"])
 def test_two_processes_end_as_one(tiny_dir: Path, tmp_path: Path, mode: str) -> None:
+    """And, resumed from their checkpoint after two of three steps, as the uninterrupted two."""
     finish(launch(mode, tiny_dir, tmp_path / "two"))
     lora = not mode.endswith("full")
     (tmp_path / "one").mkdir()
     train_trainer(tiny_dir, tmp_path / "one", SharedPromptGRPOTrainer, lora, processes=1)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     assert_close(tmp_path / "one" / "weights" / name, tmp_path / "two" / "weights" / name)
+    whole, resumed = (load_file(tmp_path / "two" / part / "weights" / name) for part in ("", "resumed"))
+    assert all(weight.equal(resumed[key]) for key, weight in whole.items())
 
 
 def test_a_step_that_does_not_divide_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

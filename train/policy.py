@@ -191,6 +191,7 @@ def grpo_config(
         disable_tqdm=True,
         seed=seed,
         dataloader_num_workers=0,
+        ddp_find_unused_parameters=False,
         **settings,
     )
 
