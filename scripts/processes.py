@@ -16,16 +16,7 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
-PLACE = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "NODE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
 LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "MASTER_")  # how their other variables begin
 PATIENCE = timedelta(days=30)  # the others wait while the main process fits, evaluates and reports
 
@@ -43,6 +34,20 @@ def is_main() -> bool:
 def is_first_here() -> bool:
     """Whether this is the first process of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def join() -> None:
+    """Meet the other processes. All must come within minutes; once met, they wait for each other as long as it takes."""
+    if count() > 1:
+        _group()
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    if count() > 1:
+        import torch
+
+        torch.distributed.destroy_process_group()
 
 
 def agree(value: Any) -> Any:
@@ -68,10 +73,8 @@ def _group() -> Any:
     import torch
     from accelerate import PartialState
 
-    if not torch.cuda.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = (
-            "true"  # else accelerate finds no backend, and every process takes itself alone
-        )
+    if not torch.cuda.is_available():  # without this, accelerate takes each process for the only one
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     PartialState(cpu=not torch.cuda.is_available())
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 

@@ -28,7 +28,7 @@ from eval.config import SuiteName
 from models.embedded import EMBEDDED
 from rewards.probes import BANK
 from scripts.experiment import CHECKOUT, TRAITS, Experiment, find_file, is_hub_id
-from scripts.processes import agree, alone, count, is_main
+from scripts.processes import agree, alone, count, is_main, join, leave
 from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, run_stage, write_text
 from scripts.tracking import run_name, tracked, tracking_mode
 from train.config import TrainConfig, cuda_settings
@@ -115,6 +115,7 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
     """
     set_environment(experiment, run_dir)
     check_devices(experiment.train)
+    join()
     if not is_main():
         follow(experiment, run_dir)
         return {}
@@ -131,6 +132,7 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
                 if stage.name == "reward":
                     _check_accuracy(run_dir / "reward" / "accuracy.json", experiment.reward.min_accuracy, console)
             agree(None)  # the others may go
+            leave()
             return make_report(run_dir, console)
         except Exception:
             with suppress(OSError):  # a full disk has no room for it
@@ -145,6 +147,7 @@ def follow(experiment: Experiment, run_dir: Path) -> None:
         name, out = call
         stages[name].work(out, lambda label: lambda done, total: None)
         gc.collect()
+    leave()
 
 
 def check_devices(train: TrainConfig) -> None:
