@@ -37,7 +37,7 @@ def is_first_here() -> bool:
 
 
 def join() -> None:
-    """Meet the other processes. All must come within minutes; once met, they wait for each other as long as it takes."""
+    """Meet the other processes, which must come within minutes; from then on all have patience with each other."""
     if count() > 1:
         _group()
 
