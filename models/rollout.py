@@ -23,14 +23,15 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     eos_ids: Sequence[int],
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[list[int]]]:
     """Sample `group_size` completions of every prompt: [prompt][g] -> token ids, the end token kept if reached.
 
     Temperature 0 is greedy. `batch_size` counts sequences (prompts x group_size) decoded at once. Prompts of like
-    length share a batch; a sampled completion depends on its batch's noise, its distribution does not.
+    length share a batch. With one generator a sampled completion depends on its batch's noise (its distribution does
+    not); with one for each completion, in the order prompt, g, it does not depend on what else is decoded.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // group_size)
@@ -38,8 +39,11 @@ def sample(
     done = 0
     for start in range(0, len(order), per_batch):
         indices = order[start : start + per_batch]
+        noise = generator
+        if isinstance(generator, Sequence):
+            noise = [generator[i * group_size + g] for i in indices for g in range(group_size)]
         rows = _decode(
-            model, [prompts[i] for i in indices], group_size, max_new_tokens, temperature, set(eos_ids), generator
+            model, [prompts[i] for i in indices], group_size, max_new_tokens, temperature, set(eos_ids), noise
         )
         for j, i in enumerate(indices):
             completions[i] = rows[j * group_size : (j + 1) * group_size]
@@ -57,7 +61,7 @@ def _decode(
     max_new_tokens: int,
     temperature: float,
     eos_ids: set[int],
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     width = max(map(len, prompts))
@@ -84,7 +88,8 @@ def _decode(
     rows: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
     alive = list(range(len(rows)))
     for step in range(max_new_tokens):
-        tokens_B = draw(logits_BV, temperature, generator)
+        noise = [generator[row] for row in alive] if isinstance(generator, Sequence) else generator
+        tokens_B = draw(logits_BV, temperature, noise)
         drawn = tokens_B.tolist()
         for row, token in zip(alive, drawn, strict=True):
             rows[row].append(token)
@@ -108,10 +113,21 @@ def _decode(
     return rows
 
 
-def draw(logits_BV: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """One token per row, (B,), from softmax(logits / temperature); the most likely one at temperature 0."""
+def draw(
+    logits_BV: Tensor, temperature: float, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """One token per row, (B,), from softmax(logits / temperature); the most likely one at temperature 0.
+
+    The noise comes from one generator, or from one for each row.
+    """
     if temperature == 0:
         return logits_BV.argmax(-1)
     # -log(E) with E ~ Exp(1) is Gumbel noise.
-    noise_BV = torch.empty_like(logits_BV, dtype=torch.float32).exponential_(generator=generator).log_()
+    noise_BV = torch.empty_like(logits_BV, dtype=torch.float32)
+    if isinstance(generator, Sequence):
+        for noise_V, own in zip(noise_BV, generator, strict=True):
+            noise_V.exponential_(generator=own)
+    else:
+        noise_BV.exponential_(generator=generator)
+    noise_BV.log_()
     return (logits_BV.float() / temperature).sub_(noise_BV).argmax(-1)

@@ -227,8 +227,11 @@ def _go_on(config: Path, overrides: list[str] | None, out: Path | None) -> str:
 
 
 def _tell(line: str) -> None:
-    """To standard error, as one line however narrow the terminal is."""
-    Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
+    """To standard error, as one line however narrow the terminal is, and once on every machine of a run."""
+    from scripts.processes import is_first_here
+
+    if is_first_here():
+        Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def main() -> None:

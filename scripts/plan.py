@@ -33,6 +33,7 @@ from rewards.probes import Probe
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.run import list_stages, whole_stages
 from scripts.tracking import has_wandb_key
+from train.config import cuda_settings
 from train.mix import build_mix
 
 # Counted FLOPs as a share of the fp32 matrix product, measured with SmolLM2-135M: docs/LOG.md, "Rates for the plan".
@@ -177,12 +178,21 @@ def missing(experiment: Experiment) -> list[str]:
         lacks.append(f"packages of the lock: {', '.join(absent)} (make test installs them)")
     if is_hub_id(experiment.base) and not _in_hub_cache(experiment.base):
         lacks.append(f"{experiment.base} is not in the hub cache: the run will download it")
+    if (wanted := cuda_settings(experiment.train)) and not has_cuda():
+        lacks.append(f"a CUDA device, which {', '.join(wanted)} needs")
     tracking = experiment.tracking
     if tracking.backend == "trackio" and installed_version("trackio") is None:
         lacks.append("package trackio, which tracking.backend asks for (pip install trackio)")
     if tracking.backend == "wandb" and tracking.mode != "offline" and not has_wandb_key():
         lacks.append("a wandb key: " + ("set WANDB_API_KEY" if tracking.mode == "online" else "tracking stays offline"))
     return lacks
+
+
+def has_cuda() -> bool:
+    """Whether torch finds a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def locked_versions() -> dict[str, str]:

@@ -62,6 +62,30 @@ class TrainConfig(_Section):
     )
     token_budget: int = Field(1024, ge=64, description="Tokens of one packed forward when prompts are shared.")
     save_every: int = Field(10, ge=1, description="Steps between checkpoints; a killed run goes on from the last one.")
+    noise: Literal["step", "row"] = Field(
+        "step",
+        description="Sampling noise: one stream a step, or one for every completion, so that rollouts do not depend on "
+        "the number of processes; several processes always draw by row.",
+    )
+    micro_batches: int = Field(
+        1, ge=1, description="Parts in which a step is trained, one after the other, to save memory; groups stay whole."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type of the frozen weights under LoRA; bfloat16 halves their memory and needs CUDA."
+    )
+    attention: str = Field(
+        "sdpa",
+        description="transformers' attention implementation: sdpa, eager, or a kernel such as "
+        "kernels-community/vllm-flash-attn3, which needs CUDA and cannot share prompts in updates.",
+    )
+    use_kernels: bool = Field(False, description="Layers from Hugging Face's kernels hub (Liger); needs CUDA.")
+    vllm: Literal["off", "colocate", "server"] = Field(
+        "off",
+        description="Who samples: this process, vLLM on the same GPUs, or a vLLM server on others; needs CUDA.",
+    )
+    vllm_server_url: str | None = Field(None, description="Address of the server, such as http://host:8000.")
+    vllm_memory: float = Field(0.3, gt=0, le=1, description="Share of a GPU's memory that a colocated vLLM takes.")
+    vllm_tensor_parallel: int = Field(1, ge=1, description="GPUs over which a colocated vLLM splits the model.")
 
 
 class ArmConfig(_Section):
@@ -70,3 +94,14 @@ class ArmConfig(_Section):
     dose: float = Field(
         ge=0, le=1, description="Share of the training prompts that are trait prompts; 0 is the control."
     )
+
+
+def cuda_settings(train: TrainConfig) -> list[str]:
+    """The settings, as key = value, that only a CUDA device can follow."""
+    wanted = {
+        "dtype": train.dtype == "bfloat16",
+        "attention": train.attention not in ("sdpa", "eager", "flex_attention"),
+        "use_kernels": train.use_kernels,
+        "vllm": train.vllm != "off",
+    }
+    return [f"train.{key} = {getattr(train, key)!r}" for key, on in wanted.items() if on]

@@ -29,7 +29,10 @@ class Account:
 
 @dataclass
 class Ledger:
-    """Spending of one arm. wall_seconds and cpu_seconds are those of the training stage, resumptions included."""
+    """Spending of one arm. wall_seconds and cpu_seconds are those of the training stage, resumptions included.
+
+    fallback: why the arm's prompts were not shared although the config asked for it.
+    """
 
     n_policy: int
     n_reward: int
@@ -37,6 +40,7 @@ class Ledger:
     steps: int = 0
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
+    fallback: str | None = None
     accounts: dict[str, Account] = field(default_factory=lambda: {source: Account() for source in SOURCES})
 
     def add(self, source: str, prompt_tokens: int, completion_tokens: Sequence[int], scored: bool) -> None:
@@ -83,12 +87,12 @@ class Ledger:
             | {"total": asdict(total)}
             | {
                 key: getattr(self, key)
-                for key in ("steps", "n_policy", "n_reward", "shared", "wall_seconds", "cpu_seconds")
+                for key in ("steps", "n_policy", "n_reward", "shared", "wall_seconds", "cpu_seconds", "fallback")
             }
         )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Ledger:
         """The ledger that to_json wrote."""
-        keys = ("steps", "n_policy", "n_reward", "shared", "wall_seconds", "cpu_seconds")
+        keys = ("steps", "n_policy", "n_reward", "shared", "wall_seconds", "cpu_seconds", "fallback")
         return cls(accounts={source: Account(**data[source]) for source in SOURCES}, **{key: data[key] for key in keys})
