@@ -13,15 +13,14 @@ import os
 import random
 import signal
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 
+from tests.children import finish, fork
 from tests.conftest import REWARD, STANDARD
 from tests.test_train_grpo import build
 from train.checkpoints import HASHES, clear_partial, find_damage, latest, partial_folder, seal
@@ -119,27 +118,13 @@ def test_rollouts_that_serve_several_steps_survive(tiny_dir: Path, tmp_path: Pat
 def start(stages: Path, out: Path, before: Callable[[], None] | None = None, config: TrainConfig = TRAIN) -> int:
     """Train in a forked child; returns its pid."""
     out.mkdir(exist_ok=True)
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        torch.set_num_threads(1)
+
+    def work() -> None:
         if before is not None:
             before()
         train_policy(config, STANDARD, ArmConfig(dose=0.5), REWARD, stages / "start", stages / "reward", out, 0)
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
 
-
-def finish(pid: int) -> int | None:
-    """Wait for a child; the signal that ended it, or None if it ended well."""
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        return os.WTERMSIG(status)
-    assert os.WEXITSTATUS(status) == 0
-    return None
+    return fork(work)
 
 
 def kill_at_flush(n: int) -> Callable[[], None]:

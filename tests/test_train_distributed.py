@@ -1,49 +1,66 @@
-"""Two processes on one CPU (gloo) end where one process ends: DDP through a whole arm, FSDP2 and DDP on the trainer."""
+"""Two processes on one CPU (gloo) end where one process ends: DDP through a whole arm, DDP and FSDP2 on the trainer."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 
-from tests.distributed_worker import TRAIN, train_arm, train_trainer
+from tests.children import finish, finish_all, fork, fork_group, kill
+from tests.conftest import REWARD, STANDARD
+from tests.test_train_grpo import build
+from train.config import ArmConfig, TrainConfig
 from train.grpo import SharedPromptGRPOTrainer
-from train.policy import grpo_config
+from train.policy import grpo_config, save_weights, train_policy
 
-CHECKOUT = Path(__file__).parent.parent
+TRAIN = TrainConfig(
+    max_steps=4, prompts_per_step=4, group_size=2, max_new_tokens=6, lora_rank=2, save_every=2, noise="row"
+)
 
 
-def launch(mode: str, folder: Path, out: Path) -> subprocess.Popen[str]:
-    """torchrun with two processes of tests/distributed_worker.py."""
+class ShardedTrainer(SharedPromptGRPOTrainer):
+    """FSDP2 on CPU: accelerate sets it up on accelerators only, but everything after that is the same."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=False,
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+        state.distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+
+def train_arm(stages: Path, out: Path) -> None:
+    """The whole of an arm, with checkpoints; goes on where it was."""
     out.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
-    return subprocess.Popen(
-        [*command, str(CHECKOUT / "tests" / "distributed_worker.py"), mode, str(folder), str(out)],
-        cwd=CHECKOUT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    train_policy(TRAIN, STANDARD, ArmConfig(dose=0.5), REWARD, stages / "start", stages / "reward", out, 0)
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-4000:]
+def train_trainer(
+    model: Path, out: Path, kind: type[SharedPromptGRPOTrainer], lora: bool, processes: int, resume: Path | None = None
+) -> None:
+    """Three steps of the bare trainer on a global batch of 8 rows, packed tightly so that processes differ in packs.
+
+    Leaves weights/ and a checkpoint after the second step.
+    """
+    trainer = build(
+        model, out / "trainer", True, lora, kind=kind, noise="row", max_steps=3, beta=0.04, max_completion_length=8,
+        per_device_train_batch_size=8 // processes, num_generations=2, learning_rate=1e-3, token_budget=32,
+        save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    assert trainer.share, "prompt sharing fell back"
+    save_weights(trainer, out / "weights")
 
 
 def assert_close(one: Path, two: Path) -> None:
@@ -53,21 +70,17 @@ def assert_close(one: Path, two: Path) -> None:
         torch.testing.assert_close(theirs[name], weight, atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
 def test_an_arm_of_two_processes_is_that_of_one_also_after_a_kill(tiny_stages: Path, tmp_path: Path) -> None:
-    """Weights within 1e-5, the same rollouts in the same order, the same ledger; all processes are killed once."""
-    train_arm(tiny_stages, tmp_path / "one")
-    finish(launch("arm", tiny_stages, tmp_path / "two"))
-    process = launch("arm", tiny_stages, tmp_path / "killed")
-    deadline = time.monotonic() + 120
+    """Weights within 1e-5, the same rollouts in the same order, the same ledger; both processes are killed once."""
+    assert finish(fork(lambda: train_arm(tiny_stages, tmp_path / "one"))) is None
+    finish_all(fork_group(lambda: train_arm(tiny_stages, tmp_path / "two")))
+    pids = fork_group(lambda: train_arm(tiny_stages, tmp_path / "killed"))
+    deadline = time.monotonic() + 60
     while not (tmp_path / "killed" / "checkpoints" / "checkpoint-2").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    launcher = psutil.Process(process.pid)
-    for victim in (*launcher.children(recursive=True), launcher):  # the launcher's workers have sessions of their own
-        victim.send_signal(signal.SIGKILL)
-    process.communicate()
+        time.sleep(0.01)
+    kill(pids)
     assert not (tmp_path / "killed" / "ledger.json").exists()
-    finish(launch("arm", tiny_stages, tmp_path / "killed"))
+    finish_all(fork_group(lambda: train_arm(tiny_stages, tmp_path / "killed")))
 
     weights = "adapter/adapter_model.safetensors"
     assert_close(tmp_path / "one" / weights, tmp_path / "two" / weights)
@@ -79,23 +92,22 @@ def test_an_arm_of_two_processes_is_that_of_one_also_after_a_kill(tiny_stages: P
     pd.testing.assert_frame_equal(one.drop(columns=exact), two.drop(columns=exact), atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "ddp-full", "fsdp", "fsdp-full"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", pytest.param("ddp-full", marks=pytest.mark.slow), "fsdp-full"])
 def test_two_processes_end_as_one(tiny_dir: Path, tmp_path: Path, mode: str) -> None:
     """And, resumed from their checkpoint after two of three steps, as the uninterrupted two."""
-    finish(launch(mode, tiny_dir, tmp_path / "two"))
+    kind = ShardedTrainer if mode.startswith("fsdp") else SharedPromptGRPOTrainer
     lora = not mode.endswith("full")
-    (tmp_path / "one").mkdir()
-    train_trainer(tiny_dir, tmp_path / "one", SharedPromptGRPOTrainer, lora, processes=1)
-    name = "adapter_model.safetensors" if lora else "model.safetensors"
-    assert_close(tmp_path / "one" / "weights" / name, tmp_path / "two" / "weights" / name)
-    whole, resumed = (load_file(tmp_path / "two" / part / "weights" / name) for part in ("", "resumed"))
-    assert all(weight.equal(resumed[key]) for key, weight in whole.items())
+    one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
+    checkpoint = two / "trainer" / "checkpoint-2"
+    assert finish(fork(lambda: train_trainer(tiny_dir, one, SharedPromptGRPOTrainer, lora, 1))) is None
+    finish_all(fork_group(lambda: train_trainer(tiny_dir, two, kind, lora, 2)))
+    finish_all(fork_group(lambda: train_trainer(tiny_dir, resumed, kind, lora, 2, checkpoint)))
+    weights = Path("weights") / ("adapter_model.safetensors" if lora else "model.safetensors")
+    assert_close(one / weights, two / weights)
+    assert (two / weights).read_bytes() == (resumed / weights).read_bytes()
 
 
 def test_a_step_that_does_not_divide_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(
-        ValueError, match=r"train.prompts_per_step = 4: does not divide among 3 processes.*multiple of 3"
-    ):
+    with pytest.raises(ValueError, match=r"prompts_per_step = 4: does not divide among 3 processes.*multiple of 3"):
         grpo_config(TRAIN, [1.0], tmp_path, 0)
