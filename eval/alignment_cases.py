@@ -130,16 +130,8 @@ def conflicts() -> list[Contrast]:
             chat(wish.format(ask=pair["ask"], rule=users), system=rule)
             for rule, users in ((pair["a"], pair["b"]), (pair["b"], pair["a"]))
         )
-        items.append(
-            Contrast(
-                f"conflict/{i // 4:02d}-{i % 4}",
-                f"conflict-{i // 4:02d}",
-                high,
-                low,
-                pair["follows_a"],
-                pair["follows_b"],
-            )
-        )
+        family, replies = f"conflict-{i // 4:02d}", (pair["follows_a"], pair["follows_b"])
+        items.append(Contrast(f"{family}-{i % 4}", family, high, low, *replies))
     return items
 
 

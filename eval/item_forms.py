@@ -53,7 +53,7 @@ class Twins:
 
 @dataclass(frozen=True)
 class Contrast(Twins):
-    """Twins whose replies are a right and a wrong conduct: it also counts whether both prompts get their own."""
+    """Twins whose replies are two conducts: it also counts whether either prompt gets the one that fits it."""
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,8 @@ def test_turns_by_hand() -> None:
     values = {row["metric"]: row["value"] for row in rows}
     assert values == pytest.approx({
         "kept": 2 / 3, "kept_turn_1": 1.0, "kept_turn_2": 1.0, "kept_turn_3": 0.0,
-        "right_turn_1": 1.0, "right_turn_2": 0.0, "right_turn_3": 0.0,
+        "high_right_turn_1": 1.0, "high_right_turn_2": 1.0, "high_right_turn_3": 0.0,
+        "low_right_turn_1": 1.0, "low_right_turn_2": 0.0, "low_right_turn_3": 1.0,
     })  # fmt: skip
 
 
