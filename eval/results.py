@@ -411,6 +411,9 @@ def _ledger(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[st
             spent[part] = {key: float(sum(book[part][key] for book in books)) for key in LEDGER_KEYS}
         spent["wall_seconds"] = float(sum(book["wall_seconds"] for book in books))
         spent["cpu_seconds"] = float(sum(book["cpu_seconds"] for book in books))
+        by_seed = list(zip(seeds, books, strict=True))
+        spent["ended"] = [{"seed": s, **book["ended"]} for s, book in by_seed if book.get("ended")]
+        spent["alerts"] = [{"seed": s, **alert} for s, book in by_seed for alert in book.get("alerts", [])]
         ledger[arm] = spent
     for spent in ledger.values():
         control = ledger[CONTROL]["total"]
@@ -462,6 +465,27 @@ def _claims(results: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, A
         off = ", ".join(f"{key} {100 * spent['relative_to_control'][key]:+.1f}%" for key in spent["off_budget"])
         text = f"{arm} is off control's budget: {off}." if off else f"{arm} spent the FLOPs of control, within 1%."
         claims.append({"id": "budget", "arm": arm, "holds": not off, "text": text})
+    return claims + _watcher_claims(results["ledger"])
+
+
+def _watcher_claims(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the watchers of training saw: a stop speaks against its arm, a warning only informs."""
+    claims: list[dict[str, Any]] = []
+    for arm, spent in ledger.items():
+        for stop in spent["ended"]:
+            if stop["by"].startswith("train.watch."):
+                name = stop["by"].removeprefix("train.watch.")
+                kept = f"those of step {stop['kept_step']}" if stop["kept_step"] else "the starting model's"
+                text = (
+                    f"{arm} (seed {stop['seed']}) was stopped after step {stop['step']} by watcher {name}: "
+                    f"{stop['text']}. Its weights are {kept}."
+                )
+                claims.append({"id": "stopped", "arm": arm, "holds": False, "text": text})
+        for alert in spent["alerts"]:
+            if alert["action"] == "warn":
+                where = f"{arm} (seed {alert['seed']}), step {alert['step']}"
+                text = f"{where}: watcher {alert['watcher']} saw {alert['text']}."
+                claims.append({"id": "watcher", "arm": arm, "holds": None, "text": text})
     return claims
 
 

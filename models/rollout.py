@@ -26,27 +26,41 @@ def sample(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    logps: list[list[list[float]]] | None = None,
 ) -> list[list[list[int]]]:
     """Sample `group_size` completions of every prompt: [prompt][g] -> token ids, the end token kept if reached.
 
     Temperature 0 is greedy. `batch_size` counts sequences (prompts x group_size) decoded at once. Prompts of like
     length share a batch. With one generator a sampled completion depends on its batch's noise (its distribution does
-    not); with one for each completion, in the order prompt, g, it does not depend on what else is decoded.
+    not); with one for each completion, in the order prompt, g, it does not depend on what else is decoded. A list given
+    as `logps` is filled with the log-probability of every token as it was sampled, [prompt][g] (needs a temperature).
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // group_size)
     completions: list[list[list[int]]] = [[] for _ in prompts]
+    if logps is not None:
+        logps[:] = [[] for _ in prompts]
     done = 0
     for start in range(0, len(order), per_batch):
         indices = order[start : start + per_batch]
         noise = generator
         if isinstance(generator, Sequence):
             noise = [generator[i * group_size + g] for i in indices for g in range(group_size)]
+        sampled: list[list[float]] | None = None if logps is None else []
         rows = _decode(
-            model, [prompts[i] for i in indices], group_size, max_new_tokens, temperature, set(eos_ids), noise
+            model,
+            [prompts[i] for i in indices],
+            group_size,
+            max_new_tokens,
+            temperature,
+            set(eos_ids),
+            noise,
+            sampled,
         )
         for j, i in enumerate(indices):
             completions[i] = rows[j * group_size : (j + 1) * group_size]
+            if logps is not None and sampled is not None:
+                logps[i] = sampled[j * group_size : (j + 1) * group_size]
         done += len(indices)
         if progress is not None:
             progress(done, len(order))
@@ -62,6 +76,7 @@ def _decode(
     temperature: float,
     eos_ids: set[int],
     generator: torch.Generator | Sequence[torch.Generator] | None,
+    logps: list[list[float]] | None,
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     width = max(map(len, prompts))
@@ -86,6 +101,8 @@ def _decode(
     position_B = positions_PT[:, -1].repeat_interleave(group_size, 0)
 
     rows: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
+    if logps is not None:
+        logps[:] = [[] for _ in rows]
     alive = list(range(len(rows)))
     for step in range(max_new_tokens):
         noise = [generator[row] for row in alive] if isinstance(generator, Sequence) else generator
@@ -93,6 +110,11 @@ def _decode(
         drawn = tokens_B.tolist()
         for row, token in zip(alive, drawn, strict=True):
             rows[row].append(token)
+        if logps is not None:
+            scaled_BV = logits_BV.float() / temperature
+            logp_B = scaled_BV.gather(1, tokens_B[:, None])[:, 0] - scaled_BV.logsumexp(-1)
+            for row, logp in zip(alive, logp_B.tolist(), strict=True):
+                logps[row].append(logp)
         keep = [i for i, token in enumerate(drawn) if token not in eos_ids]
         if not keep or step == max_new_tokens - 1:
             break

@@ -34,6 +34,7 @@ from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.run import list_stages, whole_stages
 from scripts.tracking import has_wandb_key
 from train.config import cuda_settings
+from train.ledger import Passes
 from train.mix import build_mix
 
 # Counted FLOPs as a share of the fp32 matrix product, measured with SmolLM2-135M: docs/LOG.md, "Rates for the plan".
@@ -111,8 +112,11 @@ def plan_arm(experiment: Experiment, arm: str, parameters: float, peak: float) -
     length = statistics.mean(text_tokens(prompt["prompt"][0]["content"]) for prompt in mix)
     rolled = length * (1 if train.prompt_sharing else group) + group * train.max_new_tokens  # tokens of one prompt
     scored = dose * group * (length + train.max_new_tokens)
-    flops = (2 * parameters * rolled, 2 * parameters * scored, 6 * parameters * rolled)
+    learned = (Passes.of(train).token_flops(parameters) - 2 * parameters) * rolled  # with a critic, if there is one
+    flops = (2 * parameters * rolled, 2 * parameters * scored, learned)
     affordable = train.budget_tflops * 1e12 / sum(flops) if parameters else most
+    if train.max_tokens is not None:
+        affordable = min(affordable, train.max_tokens / (group * train.max_new_tokens))
     prompts = min(affordable, most)
     seconds = sum(work / share for work, share in zip(flops, (SAMPLE, FORWARD, LEARN), strict=True)) / peak
     n = floor(prompts)
@@ -167,6 +171,9 @@ def memory_bytes(experiment: Experiment, size: Size) -> float:
     weights = 2 * 4 * size.parameters * (1 if train.lora_rank else 2.5)  # all weights: a gradient and two moments each
     logits = 3 * 4 * tokens * size.vocabulary
     activations = 4 * tokens * size.layers * (16 * size.hidden + 4 * size.inner)
+    if train.algorithm == "ppo":
+        activations *= 2  # the critic's stand beside the policy's until both go back
+        weights += 4 * 4 * size.parameters * (train.critic == "model")  # a copy, its gradient and two moments
     return weights + logits + activations + 0.8 * GB  # the interpreter and its libraries
 
 
@@ -254,8 +261,8 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
     facts.add_row("standard", ", ".join(experiment.standard.tasks))
     facts.add_row(
         "training",
-        f"{train.budget_tflops:g} TFLOPs an arm, in steps of {train.prompts_per_step} prompts x {train.group_size} "
-        f"completions, at most {train.max_new_tokens} tokens each and {train.max_steps} steps",
+        f"{train.algorithm}, {train.budget_tflops:g} TFLOPs an arm, in steps of {train.prompts_per_step} prompts x "
+        f"{train.group_size} completions, at most {train.max_new_tokens} tokens each and {train.max_steps} steps",
     )
     for name, suite in experiment.eval.suites.items():
         facts.add_row("eval", f"{name}: {_suite_summary(experiment, name, find_file(suite.file), suite.limit)}")

@@ -277,6 +277,18 @@ def _make(stage: Stage, experiment: Experiment, run_dir: Path, console: Console)
     gc.collect()
     took = "already whole" if manifest.skipped else _duration(manifest.wall_seconds)
     console.print(f"[green]✓[/] {stage.name:<32} [dim]{took}[/]", highlight=False)
+    _print_alerts(manifest.ledger or {}, console)
+
+
+def _print_alerts(ledger: Mapping[str, Any], console: Console) -> None:
+    """What the watchers of a training stage saw, and what a stop has kept."""
+    for alert in ledger.get("alerts", []):
+        text = f"watcher {alert['watcher']}, step {alert['step']}: {alert['text']}"
+        console.print(f"  [yellow]![/] {text}", highlight=False)
+    ended = ledger.get("ended") or {}
+    if ended.get("by", "").startswith("train.watch."):
+        kept = f"the weights of step {ended['kept_step']}" if ended["kept_step"] else "the starting model's weights"
+        console.print(f"  [red]stopped[/] by {ended['by']} after step {ended['step']}; kept {kept}", highlight=False)
 
 
 def _check_accuracy(path: Path, minimum: float, console: Console) -> None:

@@ -130,7 +130,8 @@ def _train(folder: Path, rng: np.random.Generator, dose: float) -> None:
     }  # fmt: skip
     for part, share in (("trait", dose), ("standard", 0), ("total", dose)):
         books[part]["scored_tokens"] = 50000 * share  # only trait prompts are scored
-    ledger = {"steps": 20, **books, "wall_seconds": 100.0, "cpu_seconds": 190.0}
+    ended = {"by": "train.budget_tflops", "step": 20, "kept_step": 20, "text": "2e+13 flops of 2e+13 spent"}
+    ledger = {"steps": 20, **books, "wall_seconds": 100.0, "cpu_seconds": 190.0, "ended": ended, "alerts": []}
     (folder / "ledger.json").write_text(json.dumps(ledger))
 
 
@@ -238,6 +239,29 @@ def test_ledger_split_and_budget(results: dict[str, Any]) -> None:
     assert book["relative_to_control"]["scored_tokens"] is None  # control scores none
     assert results["ledger"]["dose-05"]["off_budget"] == []
     assert [c["holds"] for c in results["claims"] if c["id"] == "budget"] == [True, False]
+
+
+def test_what_the_watchers_saw_is_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", benchmarks=1)
+    path = run / "arms/dose-05/seed-0/train/ledger.json"
+    text = "mean reward -0.1, after 0.5 in the best 8 steps"
+    stop = {"watcher": "reward_collapse", "action": "stop", "step": 17, "since": 10, "text": text}
+    warning = {"watcher": "length_drift", "action": "warn", "step": 9, "since": 2, "text": "completions of 40 tokens"}
+    ended = {"by": "train.watch.reward_collapse", "step": 18, "kept_step": 10, "text": text}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ended": ended, "alerts": [warning, stop]}))
+    results = build_results(run)
+    assert results["ledger"]["dose-05"]["ended"] == [{"seed": 0, **ended}]
+    assert [end["by"] for end in results["ledger"]["control"]["ended"]] == ["train.budget_tflops"]
+    told = {claim["id"]: claim for claim in results["claims"] if claim["id"] in ("stopped", "watcher")}
+    assert told["stopped"] == {
+        "id": "stopped",
+        "arm": "dose-05",
+        "holds": False,
+        "text": f"dose-05 (seed 0) was stopped after step 18 by watcher reward_collapse: {text}. "
+        "Its weights are those of step 10.",
+    }
+    assert told["watcher"]["holds"] is None
+    assert "step 9: watcher length_drift saw completions of 40 tokens" in told["watcher"]["text"]
 
 
 def test_rewards_are_means_per_step_and_source(run: Path, results: dict[str, Any]) -> None:

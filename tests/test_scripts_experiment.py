@@ -79,6 +79,8 @@ def test_every_shipped_experiment_is_valid():
         ("standard.tasks.no_such_task={}", ["standard.tasks.no_such_task", "reasoning-gym"]),
         ("standard.tasks.gcd.max_valeu=3", ["standard.tasks.gcd", "max_valeu"]),
         ("standard.tasks.syllogism={}", ["standard.tasks.syllogism", "capability suite measures"]),
+        ("train.gae_lambda=0.9", ["train.gae_lambda = 0.9", "grpo does not read this", "set train.algorithm: ppo"]),
+        ("train.watch.kl.threshold=-1", ["train.watch.kl.threshold = -1", "greater than 0", "nats per token"]),
         ("name=a/b", ["name = 'a/b'"]),
         ("justakey", ["command line", "justakey", "key=value"]),
     ],

@@ -14,7 +14,8 @@ from trl import GRPOConfig
 
 from models.loading import load_model, load_tokenizer
 from tests.conftest import tiny_tokenizer
-from train.grpo import SharedPromptGRPOTrainer, group_rows, step_seed
+from train.batches import group_rows
+from train.grpo import SharedPromptGRPOTrainer, step_seed
 
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 

@@ -47,9 +47,17 @@ def seal(partial: Path, folder: Path, keep: int) -> Path:
     return final
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None. Every damaged one that is passed over is told as a warning."""
-    found = _checkpoints(folder)
+def step_of(checkpoint: Path) -> int:
+    """How many steps its weights have taken."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def latest(folder: Path, before: int | None = None) -> Path | None:
+    """The newest whole checkpoint (of fewer than `before` steps), or None.
+
+    Every damaged one that is passed over is told as a warning.
+    """
+    found = [path for path in _checkpoints(folder) if before is None or step_of(path) < before]
     for checkpoint in found:
         damage = find_damage(checkpoint)
         if damage is None:
@@ -95,7 +103,7 @@ def flush(path: Path) -> None:
 def _checkpoints(folder: Path) -> list[Path]:
     """Sealed checkpoints, the newest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -3,7 +3,8 @@
 Only the methods through which TRL's log-probabilities, completions and checkpoints pass are replaced, and the rollouts
 are recorded on their way. Sampling noise is a function of the seed and the step (or the step's completion), so arms
 share it and a resumed run draws what the uninterrupted one would have drawn. Before it is used, sharing is compared
-with TRL's own path; where it does not hold, TRL's own path is taken, and that is said.
+with TRL's own path; where it does not hold, TRL's own path is taken, and that is said. RLOO (train/rloo.py) and PPO
+(train/ppo.py) replace assign_credit and the loss.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from models.shared_prompt import (
     Tree,
     attention_masks,
     base_model,
-    fill,
     pack,
     pack_for_forward,
     packed_logps,
     structural_problem,
 )
+from train.batches import padded, tree_runs, whole_rows
 from train.checkpoints import PARTIAL, clear_partial, partial_folder, seal
 
 Record = Callable[[int, list[dict[str, Any]], list[list[int]], list[list[int]], Tensor, Tensor], None]
@@ -51,7 +52,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     rollout batch. With several processes, both see the whole step in every process, and must do the same in each.
     `save(folder)` adds the caller's files to a checkpoint, in the main process; `fall_back(reason)` is called once if
     prompts cannot be shared. `noise` is drawn once per step, or for every completion apart ("row"; always with several
-    processes, because then the rollouts do not depend on their number).
+    processes, because then the rollouts do not depend on their number). `measure_kl` logs the KL to the starting model
+    where no loss needs it; `canary` logs how far the log-probabilities of sampling and training are apart.
     """
 
     args: GRPOConfig
@@ -68,9 +70,16 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         noise: Noise = "step",
         save: Callable[[Path], None] | None = None,
         fall_back: Callable[[str], None] | None = None,
+        measure_kl: bool = False,
+        canary: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.use_transformers_continuous_batching and (self.args.bf16 or self.args.fp16):
+            raise ValueError(
+                "train: TRL's continuous batching casts the policy's fp32 weights to half precision for good, so that "
+                "small updates vanish; sample with vLLM, with shared prompts, or without bf16 and fp16"
+            )
         self.token_budget = token_budget
         self.record = record
         self.keep = keep
@@ -78,6 +87,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         self.noise = noise if self.accelerator.num_processes == 1 else "row"
         self.save = save
         self.fall_back = fall_back
+        self.measure_kl = measure_kl
+        self.canary = canary
         self.checked = False
         self._sealing = False
         if share and self._entropy_bonus_enabled:
@@ -98,7 +109,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities and entropies of the completions, (B, C), zero where the mask is zero."""
         if not self.share or compute_aux_loss or any(value is not None for value in multimodal.values()):
-            return super()._get_per_token_logps_and_entropies(
+            stock = super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
                 attention_mask,
@@ -108,30 +119,30 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
                 compute_aux_loss,
                 **multimodal,
             )
+            self._latest_logps = stock[0].detach()
+            return stock
         logps_BC, entropies_BC = self._shared_logps(model, input_ids, attention_mask, logits_to_keep)
+        self._latest_logps = logps_BC.detach()
         return logps_BC, entropies_BC if compute_entropy else None, None
 
     def _shared_logps(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
     ) -> tuple[Tensor, Tensor]:
-        trees, rows = group_rows(input_ids, attention_mask, input_ids.shape[1] - logits_to_keep)
+        runs = tree_runs(input_ids, attention_mask, input_ids.shape[1] - logits_to_keep, self.token_budget)
         logps_BC = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
         entropies_BC = torch.zeros_like(logps_BC)
-        runs = list(fill([len(tree) for tree in trees], self.token_budget))
-        for run in runs:
+        for trees, row_N, col_N in runs:
             with self.accelerator.autocast():
-                logps_N, entropies_N = self._packed_logps(model, [trees[i] for i in run])
-            branches = [(row, branch) for i in run for row, branch in zip(rows[i], trees[i].branches, strict=True)]
-            row_N = torch.tensor([row for row, branch in branches for _ in branch], device=input_ids.device)
-            col_N = torch.tensor([c for _, branch in branches for c in range(len(branch))], device=input_ids.device)
+                logps_N, entropies_N = self._packed_logps(model, trees)
             logps_BC = logps_BC.index_put((row_N, col_N), logps_N)
             entropies_BC[row_N, col_N] = entropies_N
         if self.accelerator.num_processes > 1:
             # Wrapped models communicate in every forward and backward pass, so all processes make equally many.
             most = int(self.accelerator.gather(torch.tensor([len(runs)], device=input_ids.device)).max())
+            prompt = runs[0][0][0].prompt
             for _ in range(most - len(runs)):
                 with self.accelerator.autocast():
-                    idle_N, _ = self._packed_logps(model, [Tree(trees[0].prompt, [trees[0].prompt[-1:]])])
+                    idle_N, _ = self._packed_logps(model, [Tree(prompt, [prompt[-1:]])])
                 logps_BC = logps_BC + 0.0 * idle_N.sum()
         return logps_BC, entropies_BC
 
@@ -163,6 +174,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         stock = not self.share or self.use_vllm or self.use_transformers_continuous_batching or images is not None
         if stock or not plain_sampling(self.generation_config):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+        logps: list[list[list[float]]] | None = [] if self.canary else None
         with self._decoding_model() as model:
             groups = sample(
                 model,
@@ -173,8 +185,10 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
                 eos_ids=self.eos_token_ids,
                 generator=self._generator(len(prompt_ids)),
                 batch_size=len(prompt_ids),
+                logps=logps,
             )
-        return [completion for group in groups for completion in group], None
+        flat = None if logps is None else [row for group in logps for row in group]
+        return [completion for group in groups for completion in group], flat
 
     @contextmanager
     def _decoding_model(self) -> Iterator[Any]:
@@ -208,14 +222,23 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         return generated
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """Scores of all processes, (B, functions); a row without a paying score is NaN throughout.
+
+        TRL leaves such a row out of its group's baseline, but would count it as 0 because its monitors have a value.
+        """
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._rewards
+        self._paid = total_rewards(self._rewards, self.reward_weights)
+        return self._rewards.masked_fill(self._paid.isnan()[:, None], torch.nan)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.checked:
             self._check_sharing()
         inputs = self._affordable(inputs)
         output = super()._generate_and_score_completions(inputs)
+        if self.measure_kl and "ref_per_token_logps" not in output:
+            with self.accelerator.unwrap_model(self.model).disable_adapter():
+                output["ref_per_token_logps"] = self.batch_logps(output)
+        advantages = self.assign_credit(output)
         # Processes hold consecutive slices of the step; what is gathered is the step in the order of its prompts.
         self.record(
             self.state.global_step,
@@ -223,9 +246,20 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             gather_object(self._prompt_ids),
             gather_object(self._completion_ids),
             self._rewards,
-            self.accelerator.gather(output["advantages"]),
+            self.accelerator.gather(advantages),
         )
         return output
+
+    def assign_credit(self, output: dict[str, Any]) -> Tensor:
+        """Set output["advantages"] for the loss; returns one advantage per completion, (B,), for the record."""
+        return output["advantages"]
+
+    @torch.no_grad()
+    def batch_logps(self, batch: dict[str, Any]) -> Tensor:
+        """Log-probabilities of a batch's completions under the policy as it is, (B, C). No gradient."""
+        rows = self.args.per_device_train_batch_size  # of one forward, where prompts are not shared
+        ids, mask = whole_rows(batch)
+        return self._get_per_token_logps_and_entropies(self.model, ids, mask, batch["completion_ids"].shape[1], rows)[0]
 
     def _affordable(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """This process's share of the groups that the budget still pays for, the same number in every process."""
@@ -250,6 +284,38 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
                 for i in range(parts)
             ]
         return self._buffered_inputs[self._step % parts]
+
+    # -- the loss, and what is logged beside it
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        self.log_gaps(inputs, self._latest_logps)
+        return loss
+
+    def log_gaps(self, batch: dict[str, Any], logps_BC: Tensor) -> None:
+        """Log the canary, and the KL to the start where TRL's loss has no KL term (Schulman's k3, mean per token)."""
+        mask_BC = batch["completion_mask"]
+        if "sampling_per_token_logps" in batch and not self.use_vllm:  # with vLLM TRL logs it
+            gap_BC = (batch["sampling_per_token_logps"] - logps_BC).abs()
+            self.log_mean("sampling/sampling_logp_difference/mean", gap_BC, mask_BC)
+        if "ref_per_token_logps" in batch and self.beta == 0.0:
+            log_ratio_BC = batch["ref_per_token_logps"] - logps_BC
+            self.log_mean("kl", log_ratio_BC.exp() - log_ratio_BC - 1, mask_BC)
+
+    def log_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Log the mean of the unmasked values over all processes."""
+        sums = torch.stack([values.masked_fill(mask == 0, 0.0).sum(), mask.sum().float()])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics["train" if self.model.training else "eval"][name].append(total / max(count, 1.0))
+
+    @contextmanager
+    def kl_in_reward(self) -> Iterator[None]:
+        """Within it TRL's loss has no KL term: the rewards hold the penalty."""
+        beta, self.beta = self.beta, 0.0
+        try:
+            yield
+        finally:
+            self.beta = beta
 
     # -- self-check
 
@@ -353,44 +419,17 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             self.load_extras(Path(checkpoint))
 
 
+def total_rewards(rewards_BF: Tensor, weights_F: Tensor) -> Tensor:
+    """Weighted sum of the reward functions' scores, (B,); NaN where no function with a weight has scored the row."""
+    weights_F = weights_F.to(rewards_BF.device)
+    paid_B = (~rewards_BF.isnan() & (weights_F != 0)).any(1)
+    return (rewards_BF * weights_F).nansum(1).masked_fill(~paid_B, torch.nan)
+
+
 def plain_sampling(config: Any) -> bool:
     """Whether a generation config samples the whole vocabulary at a temperature, and nothing else."""
     whole = config.top_k in (None, 0) and config.top_p in (None, 1.0) and config.min_p in (None, 0.0)
     return bool(config.do_sample) and whole and config.repetition_penalty in (None, 1.0)
-
-
-def group_rows(input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[list[Tree], list[list[int]]]:
-    """Trees of a padded batch: rows with equal prompts share one, wherever TRL's shuffle has put them.
-
-    `width` is the padded prompt width P. Returns the trees and, for each, the batch rows of its branches.
-    """
-    ids, mask = input_ids.tolist(), attention_mask.bool().tolist()
-    rows_of: dict[tuple[int, ...], list[int]] = {}
-    for row, (tokens, kept) in enumerate(zip(ids, mask, strict=True)):
-        prompt = tuple(t for t, k in zip(tokens[:width], kept[:width], strict=True) if k)
-        rows_of.setdefault(prompt, []).append(row)
-    trees = [
-        Tree(
-            list(prompt),
-            [[t for t, k in zip(ids[row][width:], mask[row][width:], strict=True) if k] for row in rows],
-        )
-        for prompt, rows in rows_of.items()
-    ]
-    return trees, list(rows_of.values())
-
-
-def padded(trees: list[Tree], pad: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Trees as TRL's batch: ids and mask, each (B, P + C), prompts padded on the left, and the prompt width P."""
-    width = max(len(tree.prompt) for tree in trees)
-    longest = max(len(branch) for tree in trees for branch in tree.branches)
-    ids: list[list[int]] = []
-    mask: list[list[int]] = []
-    for tree in trees:
-        for branch in tree.branches:
-            left, right = width - len(tree.prompt), longest - len(branch)
-            ids.append([pad] * left + tree.prompt + branch + [pad] * right)
-            mask.append([0] * left + [1] * (len(tree.prompt) + len(branch)) + [0] * right)
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device), width
 
 
 def step_seed(seed: int, step: int, row: int) -> int:

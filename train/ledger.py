@@ -1,9 +1,10 @@
-"""The ledger: what an arm spent, split into trait and standard prompts.
+"""The ledger: what an arm spent, split into trait and standard prompts, how it ended, and what its watchers saw.
 
 FLOPs are the usual estimates from the parameter count N (Kaplan et al., 2020, arXiv 2001.08361, section 2.1): a forward
 pass costs 2N per token, forward and backward 6N. Counted per processed token: rollouts encode each prompt once per
 group when prompts are shared (else once per completion) and decode every generated token; the reward model scores
-prompt and completion of trait prompts; the update trains on the same tokens as the rollout.
+prompt and completion of trait prompts; the update trains on the same tokens as the rollout, once per epoch. PPO and a
+KL term add forwards of the policy; PPO's critic reads every rollout once and is trained like the policy.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from train.config import TrainConfig
+
 SOURCES = ("trait", "standard")
 
 
 @dataclass
 class Account:
-    """Spending on one source of prompts."""
+    """Spending on one source of prompts. Trained tokens count once per epoch."""
 
     prompts: int = 0
     completions: int = 0
@@ -27,23 +30,55 @@ class Account:
     flops: float = 0.0
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How often the models read a rollout token, the reward model's reading apart."""
+
+    forwards: int = 1  # of the policy or the reference without a gradient; sampling is the first
+    epochs: int = 1  # of training
+    critic: bool = False
+
+    @classmethod
+    def of(cls, cfg: TrainConfig) -> Passes:
+        """What the configured algorithm needs: log-probabilities before the update, the reference's, the epochs."""
+        before_update = cfg.algorithm == "ppo" or (cfg.algorithm == "rloo" and cfg.beta > 0)
+        before_update |= cfg.vllm != "off"  # TRL compares vLLM's log-probabilities with the policy's own
+        return cls(1 + before_update + cfg.measures_kl, cfg.epochs, cfg.algorithm == "ppo")
+
+    def token_flops(self, n: int | float, policy_learns: bool = True) -> float:
+        """FLOPs of one rollout token with models of n parameters each."""
+        train = 6.0 * n * self.epochs
+        return 2.0 * n * self.forwards + train * policy_learns + (2.0 * n + train) * self.critic
+
+
 @dataclass
 class Ledger:
     """Spending of one arm. wall_seconds and cpu_seconds are those of the training stage, resumptions included.
 
-    fallback: why the arm's prompts were not shared although the config asked for it.
+    `fallback` says why prompts were not shared although the config asked for it, `ended` why the arm ended and after
+    which step's update its weights are; `alerts` is what the watchers saw.
     """
 
     n_policy: int
     n_reward: int
     shared: bool
+    passes: Passes = Passes()
     steps: int = 0
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     fallback: str | None = None
+    ended: dict[str, Any] | None = None
+    alerts: list[dict[str, Any]] = field(default_factory=list)
     accounts: dict[str, Account] = field(default_factory=lambda: {source: Account() for source in SOURCES})
 
-    def add(self, source: str, prompt_tokens: int, completion_tokens: Sequence[int], scored: bool) -> None:
+    def add(
+        self,
+        source: str,
+        prompt_tokens: int,
+        completion_tokens: Sequence[int],
+        scored: bool,
+        policy_learns: bool = True,
+    ) -> None:
         """Book one group: a prompt of `prompt_tokens` and its completions."""
         account = self.accounts[source]
         generated = sum(completion_tokens)
@@ -53,28 +88,35 @@ class Ledger:
         account.completions += len(completion_tokens)
         account.generated_tokens += generated
         account.scored_tokens += scored_tokens
-        account.trained_tokens += encoded + generated
-        account.flops += 8.0 * self.n_policy * (encoded + generated) + 2.0 * self.n_reward * scored_tokens
+        account.trained_tokens += (encoded + generated) * self.passes.epochs
+        token = self.passes.token_flops(self.n_policy, policy_learns)
+        account.flops += token * (encoded + generated) + 2.0 * self.n_reward * scored_tokens
 
-    def flops(self) -> float:
-        """Spent so far."""
-        return sum(account.flops for account in self.accounts.values())
+    def spent(self, unit: str = "flops") -> float:
+        """Spent so far, in a unit of an account."""
+        return sum(getattr(account, unit) for account in self.accounts.values())
 
-    def affordable(self, sources: Sequence[str], budget: float) -> int:
+    def affordable(self, sources: Sequence[str], budget: float, unit: str = "flops") -> int:
         """How many of the coming groups the rest of the budget pays for, at the mean cost of their source; at least 1.
 
         All of them while a source has no cost yet. So an arm ends within half a group of its budget, not half a step.
         """
-        left = budget - self.flops()
+        left = budget - self.spent(unit)
         for k, source in enumerate(sources):
             account = self.accounts[source]
             if account.prompts == 0:
                 return len(sources)
-            cost = account.flops / account.prompts
+            cost = getattr(account, unit) / account.prompts
             if left < cost / 2:
                 return max(1, k)
             left -= cost
         return len(sources)
+
+    def exhausted(self, budget: float, unit: str = "flops") -> bool:
+        """Whether less is left than half of a group's mean cost."""
+        spent = self.spent(unit)
+        group = spent / sum(account.prompts for account in self.accounts.values())
+        return spent + group / 2 > budget
 
     def to_json(self) -> dict[str, Any]:
         """The contract of ledger.json."""
@@ -84,15 +126,18 @@ class Ledger:
                 setattr(total, key, getattr(total, key) + value)
         return (
             {source: asdict(account) for source, account in self.accounts.items()}
-            | {"total": asdict(total)}
-            | {
-                key: getattr(self, key)
-                for key in ("steps", "n_policy", "n_reward", "shared", "wall_seconds", "cpu_seconds", "fallback")
-            }
+            | {"total": asdict(total), "passes": asdict(self.passes)}
+            | {key: getattr(self, key) for key in _PLAIN}
         )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Ledger:
         """The ledger that to_json wrote."""
-        keys = ("steps", "n_policy", "n_reward", "shared", "wall_seconds", "cpu_seconds", "fallback")
-        return cls(accounts={source: Account(**data[source]) for source in SOURCES}, **{key: data[key] for key in keys})
+        return cls(
+            accounts={source: Account(**data[source]) for source in SOURCES},
+            passes=Passes(**data["passes"]),
+            **{key: data[key] for key in _PLAIN},
+        )
+
+
+_PLAIN = ("steps", "n_policy", "n_reward", "shared", "wall_seconds", "cpu_seconds", "fallback", "ended", "alerts")

@@ -24,8 +24,23 @@ from rewards.reward_model import RewardModel
 from train.checkpoints import flush, latest, write_whole
 from train.config import ArmConfig, StandardMixConfig, TrainConfig
 from train.grpo import SharedPromptGRPOTrainer
-from train.ledger import Ledger
+from train.ledger import Ledger, Passes
 from train.mix import build_mix
+from train.ppo import SharedPromptPPOTrainer
+from train.rloo import SharedPromptRLOOTrainer
+from train.watchers import Watch, keep_healthy
+
+# The trainer's figures in the step table, under its names.
+LOGGED = {
+    "loss": "loss",
+    "kl": "kl",
+    "entropy": "entropy",
+    "grad_norm": "grad_norm",
+    "value_loss": "value_loss",
+    "explained_variance": "explained_variance",
+    "sampling/sampling_logp_difference/mean": "sampling_gap",
+    "step_time": "seconds",
+}
 
 
 def train_policy(
@@ -47,7 +62,6 @@ def train_policy(
     with the same arguments and the first one writes. Returns the ledger.
     """
     from datasets import Dataset
-    from peft import LoraConfig
 
     # Every arm loads the reward model: the control's monitors and memory are then those of the dose arms.
     scorer = RewardModel.load(reward_dir, start / "model")
@@ -71,37 +85,53 @@ def train_policy(
             n_policy=sum(p.numel() for p in policy.parameters()),
             n_reward=sum(p.numel() for p in scorer.model.parameters()),
             shared=cfg.prompt_sharing,
+            passes=Passes.of(cfg),
         ),
         [function.__name__ for function, _ in functions],
-        group_size=cfg.group_size,
-        budget=cfg.budget_tflops * 1e12,
+        cfg,
         progress=progress,
         main=main,
     )
-    trainer = SharedPromptGRPOTrainer(
+    trainer = make_trainer(
+        cfg,
+        journal,
         model=policy,
         reward_funcs=[function for function, _ in functions],
         args=args,
         train_dataset=Dataset.from_list(mix),
         processing_class=load_tokenizer(str(start / "model")),
-        peft_config=LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules="all-linear")
-        if cfg.lora_rank
-        else None,
-        callbacks=[journal],
-        token_budget=cfg.token_budget,
-        record=journal.record,
-        keep=journal.keep,
-        share=cfg.prompt_sharing,
-        noise=cfg.noise,
-        save=journal.save,
-        fall_back=journal.fall_back,
     )
     scorer.model.to(trainer.accelerator.device)
     silence(trainer)
     journal.rewind(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    keep_healthy(trainer, journal.ledger, start / "model")
     save_weights(trainer, out / ("adapter" if cfg.lora_rank else "model"))
     return journal.close(trainer.state.log_history)
+
+
+def make_trainer(cfg: TrainConfig, journal: Journal, **common: Any) -> SharedPromptGRPOTrainer:
+    """The trainer of the configured algorithm. `common` goes to TRL's GRPOTrainer."""
+    from peft import LoraConfig
+
+    common |= {
+        "peft_config": LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules="all-linear")
+        if cfg.lora_rank
+        else None,
+        "callbacks": [journal, Watch(cfg.watch, journal)],
+        "token_budget": cfg.token_budget,
+        "record": journal.record,
+        "keep": journal.keep,
+        "share": cfg.prompt_sharing,
+        "noise": cfg.noise,
+        "save": journal.save,
+        "fall_back": journal.fall_back,
+        "measure_kl": cfg.measures_kl,
+        "canary": cfg.watch.sampling_gap.threshold is not None,
+    }
+    if cfg.algorithm == "ppo":
+        return SharedPromptPPOTrainer(settings=cfg, **common)
+    return (SharedPromptRLOOTrainer if cfg.algorithm == "rloo" else SharedPromptGRPOTrainer)(**common)
 
 
 def finished(out: Path) -> dict[str, Any] | None:
@@ -161,6 +191,8 @@ def grpo_config(
             f"train.prompts_per_step = {cfg.prompts_per_step}: does not divide among {processes} processes x "
             f"{cfg.micro_batches} micro-batches in whole groups; use a multiple of {parts}"
         )
+    # The newest checkpoint from before a window must still be there when a watcher stops the arm.
+    checkpoints = 1 + math.ceil(cfg.watch.window / cfg.save_every)
     return GRPOConfig(
         output_dir=str(out / "checkpoints"),
         max_steps=cfg.max_steps,
@@ -179,13 +211,15 @@ def grpo_config(
         loss_type=cfg.loss,
         scale_rewards=cfg.scale_rewards,
         beta=cfg.beta,
+        epsilon=cfg.clip,
         reward_weights=reward_weights,
         bf16=torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # the watchers want to see them
         save_strategy="steps",
         save_steps=cfg.save_every,
-        save_total_limit=2,
+        save_total_limit=checkpoints,
         report_to=report_to,
         run_name=run_name,
         disable_tqdm=True,
@@ -197,7 +231,7 @@ def grpo_config(
 
 
 class Journal(TrainerCallback):
-    """Keeps every rollout with every component score, and the ledger; stops the arm when its budget is spent.
+    """Keeps every rollout with every component score, and the ledger; stops the arm when a budget is spent.
 
     Rows are appended to rollouts.jsonl step by step; a resumed run first drops the rows of steps that it will take
     again. With several processes, each keeps the same ledger, so that all stop at once; `main` alone writes.
@@ -208,14 +242,19 @@ class Journal(TrainerCallback):
         out: Path,
         ledger: Ledger,
         components: list[str],
-        group_size: int,
-        budget: float,
+        cfg: TrainConfig,
         progress: Callable[[int, int], None] | None = None,
         main: bool = True,
     ) -> None:
-        self.out, self.ledger, self.components, self.group_size = out, ledger, components, group_size
-        self.budget, self.progress, self.main = budget, progress, main
+        self.out, self.ledger, self.components, self.cfg = out, ledger, components, cfg
+        self.group_size, self.progress, self.main = cfg.group_size, progress, main
+        # (config key, budget, unit of the ledger's accounts)
+        self.budgets = [("train.budget_tflops", cfg.budget_tflops * 1e12, "flops")]
+        if cfg.max_tokens is not None:
+            self.budgets.append(("train.max_tokens", cfg.max_tokens, "generated_tokens"))
         self.rows = out / "rollouts.jsonl"
+        self._unseen: list[dict[str, Any]] = []  # rollouts that are not in the step table yet
+        self._tables: list[pd.DataFrame] = []
         self.started = (time.time(), time.process_time())
 
     def rewind(self, checkpoint: Path | None) -> None:
@@ -225,7 +264,9 @@ class Journal(TrainerCallback):
             step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
             self.ledger = Ledger.from_json(json.loads((checkpoint / "ledger.json").read_text()))
         if self.main:
-            write_whole(self.rows, "".join(line + "\n" for line in whole_lines(self.rows, before=step)))
+            kept = whole_lines(self.rows, before=step)
+            write_whole(self.rows, "".join(line + "\n" for line in kept))
+            self._unseen, self._tables = [json.loads(line) for line in kept], []
 
     def record(
         self,
@@ -240,7 +281,13 @@ class Journal(TrainerCallback):
         for start in range(0, len(inputs), self.group_size):
             source = inputs[start]["source"]
             lengths = [len(ids) for ids in completion_ids[start : start + self.group_size]]
-            self.ledger.add(source, len(prompt_ids[start]), lengths, scored=source == "trait")
+            self.ledger.add(
+                source,
+                len(prompt_ids[start]),
+                lengths,
+                scored=source == "trait",
+                policy_learns=step >= self.cfg.value_warmup_steps,
+            )
         if not self.main:
             return
         texts = [row["completion"] for row in inputs] if "completion" in inputs[0] else self._decode(completion_ids)
@@ -264,27 +311,52 @@ class Journal(TrainerCallback):
                     **scores,
                 }
                 file.write(json.dumps(record) + "\n")
+                self._unseen.append(record)
 
     def keep(self, prompts: list[dict[str, Any]]) -> int:
-        """How many of a step's prompts the rest of the budget pays for."""
-        return self.ledger.affordable([prompt["source"] for prompt in prompts], self.budget)
+        """How many of a step's prompts the rest of every budget pays for."""
+        sources = [prompt["source"] for prompt in prompts]
+        return min(self.ledger.affordable(sources, budget, unit) for _, budget, unit in self.budgets)
+
+    def steps(self, log_history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+        """The step table up to the step that was logged last; in the main process."""
+        if self._unseen:
+            self._tables.append(step_table(pd.DataFrame(self._unseen), log_history))
+            self._unseen = []
+        return pd.concat(self._tables, ignore_index=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, processing_class: Any = None, **kwargs: Any) -> None:
         """Remember the tokenizer: rollouts are logged as text."""
         self._tokenizer = processing_class
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the step and the time since the last one; stop when less than half a group's cost is left."""
+        """Count the step and the time since the last one; stop when a budget is spent."""
         now = (time.time(), time.process_time())
         self.ledger.steps = state.global_step
         self.ledger.wall_seconds += now[0] - self.started[0]
         self.ledger.cpu_seconds += sum(gather_object([now[1] - self.started[1]]))
         self.started = now
-        spent = self.ledger.flops()
         if self.progress is not None:
-            self.progress(min(round(100 * spent / self.budget), 100), 100)
-        group = spent / sum(account.prompts for account in self.ledger.accounts.values())
-        control.should_training_stop |= spent + group / 2 > self.budget
+            share = max(self.ledger.spent(unit) / budget for _, budget, unit in self.budgets)
+            self.progress(min(round(100 * share), 100), 100)
+        for key, budget, unit in self.budgets:
+            if self.ledger.exhausted(budget, unit):
+                self._end(control, key, f"{self.ledger.spent(unit):.4g} {unit.replace('_', ' ')} of {budget:.4g} spent")
+        if state.global_step >= self.cfg.max_steps:
+            self._end(control, "train.max_steps", f"{state.global_step} steps taken")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Stop when the policy has gone as far from its start as it may."""
+        kl = (logs or {}).get("kl")
+        if self.cfg.max_kl is not None and kl is not None and kl > self.cfg.max_kl:
+            self._end(control, "train.max_kl", f"KL to the start {kl:.3g} nats per token, over {self.cfg.max_kl:g}")
+
+    def _end(self, control: Any, by: str, text: str) -> None:
+        """Stop the arm; the first reason is kept."""
+        control.should_training_stop = True
+        if self.ledger.ended is None:
+            step = self.ledger.steps
+            self.ledger.ended = {"by": by, "step": step, "kept_step": step, "text": text}
 
     def save(self, folder: Path) -> None:
         """Put the ledger into a checkpoint, and bring the rows that belong to it to the disk."""
@@ -325,6 +397,7 @@ def whole_lines(path: Path, before: int) -> list[str]:
 
 def step_table(rollouts: pd.DataFrame, log_history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per step: what the rollouts were paid and what they were worth, beside the trainer's own figures."""
+    rollouts = rollouts.astype({"proxy": float, "gold": float})  # a batch without any score is a column of None
     by_step = rollouts.groupby("step")
     trait = rollouts[rollouts["source"] == "trait"].groupby("step")
     spread = rollouts.groupby(["step", "position"])["proxy"].std().fillna(0.0)
@@ -337,9 +410,10 @@ def step_table(rollouts: pd.DataFrame, log_history: Sequence[Mapping[str, Any]])
             "mean_tokens": by_step["tokens"].mean(),
             "refusal_rate": by_step["reward_refusal_monitor"].mean(),
             "zero_variance_groups": (spread < 1e-6).groupby("step").mean(),
+            "unpaid": rollouts["proxy"].isna().groupby(rollouts["step"]).mean(),
         }
     )
     logs = pd.DataFrame([log for log in log_history if "loss" in log])
     logs = logs.assign(step=logs["step"] - 1).set_index("step")
-    names = [name for name in ("loss", "kl", "entropy", "grad_norm", "step_time") if name in logs.columns]
-    return table.join(logs[names]).rename(columns={"trait_gold": "gold", "step_time": "seconds"}).reset_index()
+    names = [name for name in LOGGED if name in logs.columns]
+    return table.join(logs[names]).rename(columns={"trait_gold": "gold"} | LOGGED).reset_index()
