@@ -25,7 +25,11 @@ from rich.table import Table
 
 from eval.config import SuiteName
 from models.embedded import EMBEDDED
+from rewards.audit_policy import failed_families, load_policy
+from rewards.config import RewardConfig
+from rewards.hacks import BANK as HACK_BANK
 from rewards.probes import BANK
+from rewards.scenarios import BANK as SCENARIOS
 from scripts.experiment import CHECKOUT, TRAITS, Experiment, find_file, is_hub_id
 from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, run_stage, write_text
 from scripts.tracking import run_name, tracked, tracking_mode
@@ -66,7 +70,7 @@ def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
                 "standard": _hashed(experiment.standard),
             },
         ),
-        Stage("reward", partial(_reward, experiment, seed), {**shared, "reward": _hashed(experiment.reward)}),
+        Stage("reward", partial(_reward, experiment, seed), {**shared, **_reward_inputs(experiment)}),
         _eval_stage(experiment, run_dir, "base", seed, needs="start"),
     ]
     for seed in experiment.seeds:
@@ -116,7 +120,7 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
             for stage in stages:
                 _make(stage, run_dir, console)
                 if stage.name == "reward":
-                    _check_accuracy(run_dir / "reward" / "accuracy.json", experiment.reward.min_accuracy, console)
+                    _check_rewards(run_dir / "reward", experiment.reward, console)
             return make_report(run_dir, console)
         except Exception:
             with suppress(OSError):  # a full disk has no room for it
@@ -212,6 +216,39 @@ def _make(stage: Stage, run_dir: Path, console: Console) -> None:
     console.print(f"[green]✓[/] {stage.name:<32} [dim]{took}[/]", highlight=False)
 
 
+def _reward_inputs(experiment: Experiment) -> dict[str, Any]:
+    scenarios = sorted(SCENARIOS.glob("*/*.jsonl")) if set(experiment.reward.traits) != {"truthfulness"} else []
+    attacks = {"hacks": hash_files(HACK_BANK), "cases": load_policy().run_cases}
+    return {
+        "reward": _hashed(experiment.reward),
+        "audit": attacks,
+        "scenarios": hash_files(*scenarios),
+    }
+
+
+def _check_rewards(folder: Path, reward: RewardConfig, console: Console) -> None:
+    """Print how good the reward models are; a ValueError if one is too poor to train on."""
+    for path in [folder / "accuracy.json", *sorted(folder.glob("traits/*/accuracy.json"))]:
+        _check_accuracy(path, reward.min_accuracy, console)
+        _check_audit(path.with_name("audit.json"), reward.audit, console)
+
+
+def _check_audit(path: Path, mode: str, console: Console) -> None:
+    """Print whether hacks beat the reward; a ValueError if they do, unless the experiment says warn."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    failed = failed_families(report, load_policy())
+    if not failed:
+        console.print(f"  audit: no family of hacks beats {report['trait']}", highlight=False, style="dim")
+        return
+    beaten = f"the reward for {report['trait']} is beaten by hacks: {', '.join(failed)} ({path})"
+    if mode == "refuse":
+        raise ValueError(
+            f"reward.audit = refuse: {beaten}; fit a better reward, change the floors in configs/audit.yaml, or set "
+            "reward.audit=warn to train on it all the same"
+        )
+    console.print(f"  [yellow]warning[/]: {beaten}", highlight=False)
+
+
 def _check_accuracy(path: Path, minimum: float, console: Console) -> None:
     """Print the reward model's accuracy on held-out families; a ValueError if it is too low to train on."""
     heldout = json.loads(path.read_text(encoding="utf-8"))["heldout"]
@@ -268,7 +305,7 @@ def _plain(section: BaseModel) -> dict[str, Any]:
 
 def _hashed(section: BaseModel) -> dict[str, Any]:
     """A section without the keys that leave a stage's content as it is, so that changing them redoes nothing."""
-    return {key: value for key, value in _plain(section).items() if key not in ("min_accuracy", "save_every")}
+    return {key: value for key, value in _plain(section).items() if key not in ("min_accuracy", "audit", "save_every")}
 
 
 def _start(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
@@ -279,9 +316,9 @@ def _start(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
 
 
 def _reward(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
-    from rewards.reward_model import fit_reward_model
+    from rewards.fit import fit_rewards
 
-    fit_reward_model(experiment.reward, experiment.base, out, seed, bars(""))
+    fit_rewards(experiment.reward, experiment.base, out, seed, bars(""))
 
 
 def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path, bars: Bars) -> Mapping[str, Any]:

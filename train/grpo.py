@@ -118,7 +118,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._rewards
+        return unpaid_as_missing(self._rewards, self.reward_weights)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         groups = inputs[:: self.num_generations]
@@ -130,6 +130,16 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             self.state.global_step, inputs, self._prompt_ids, self._completion_ids, rewards, output["advantages"]
         )
         return output
+
+
+def unpaid_as_missing(rewards_BF: Tensor, weights_F: Tensor) -> Tensor:
+    """Rewards whose row is NaN throughout where no function with a weight has scored the completion.
+
+    TRL leaves a completion out of its group's baseline only if every function gave None, and counts a missing score as
+    0 otherwise. A monitor always gives a value, so without this a missing score would be a 0.
+    """
+    paid_B = (~rewards_BF.isnan() & (weights_F.to(rewards_BF.device) != 0)).any(dim=1)
+    return rewards_BF.masked_fill(~paid_B[:, None], torch.nan)
 
 
 def plain_sampling(config: Any) -> bool:

@@ -19,7 +19,7 @@ from models.loading import load_model, load_tokenizer
 from models.progress import silence
 from rewards.compose import reward_functions
 from rewards.config import RewardConfig
-from rewards.reward_model import RewardModel
+from rewards.fit import load_reward_models
 from train.config import ArmConfig, StandardMixConfig, TrainConfig
 from train.grpo import SharedPromptGRPOTrainer
 from train.ledger import Ledger
@@ -47,16 +47,16 @@ def train_policy(
     from peft import LoraConfig
 
     mix = build_mix(cfg.max_steps * cfg.prompts_per_step, arm.dose, seed, standard.tasks, reward.domains)
-    # Every arm loads the reward model: the control's monitors and memory are then those of the dose arms.
-    scorer = RewardModel.load(reward_dir)
+    # Every arm loads the reward models: the control's monitors and memory are then those of the dose arms.
+    scorers = load_reward_models(reward, reward_dir)
     policy = load_model(str(start / "model"))
     torch.manual_seed(seed)  # LoRA's initial weights
-    functions = reward_functions(scorer)
+    functions = reward_functions(scorers, reward.traits)
     journal = Journal(
         out,
         Ledger(
             n_policy=sum(p.numel() for p in policy.parameters()),
-            n_reward=sum(p.numel() for p in scorer.model.parameters()),
+            n_reward=sum(p.numel() for scorer in scorers.values() for p in scorer.model.parameters()),
             shared=cfg.prompt_sharing,
         ),
         [function.__name__ for function, _ in functions],
