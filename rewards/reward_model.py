@@ -170,6 +170,7 @@ def train_reward_model(
             resolve_model(base), num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
         )
     else:
+        _check_start(start, base)
         backbone = AutoPeftModelForSequenceClassification.from_pretrained(
             start / "model", num_labels=1, is_trainable=True, dtype=torch.float32, attn_implementation="sdpa"
         )
@@ -207,6 +208,15 @@ def train_reward_model(
     trainer.save_model(str(out / "model"))
     tokenizer.save_pretrained(out / "model")
     return RewardModel(trainer.model, tokenizer)
+
+
+def _check_start(start: Path, base: str) -> None:
+    config = start / "model" / "adapter_config.json"
+    if not config.is_file():
+        raise ValueError(f"{start}: holds no reward model (model/adapter_config.json); fit one: traitdose rewards fit")
+    fitted_on = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if fitted_on != resolve_model(base):
+        raise ValueError(f"{config}: was fitted on {fitted_on}, not on {base}; begin with a model of the same base")
 
 
 def save_measured(model: RewardModel, trait: str, parts: dict[str, list[Preference]], out: Path) -> dict[str, Any]:
