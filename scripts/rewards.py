@@ -92,7 +92,8 @@ def audit_command(
         raise ValueError(f"--trait {trait}: there is no such trait; there are: {', '.join(trait_names())}")
     rules = load_policy(policy or POLICY)
     folder = _checked(model or ROOT / trait)
-    _set_environment("")
+    adapter = json.loads((folder / "model" / "adapter_config.json").read_text(encoding="utf-8"))
+    _set_environment(adapter["base_model_name_or_path"])
     targets = audit_targets(trait, rules.cases, seed)
     with console.status(f"{len(targets)} prompts"):
         report = audit_report(trait, audit(RewardModel.load(folder), targets, rules, seed))
@@ -167,7 +168,7 @@ def _checked(folder: Path) -> Path:
 
 def _set_environment(base: str) -> None:
     """No network without need, and a quiet terminal. Libraries read these while they are imported."""
-    if not base or not is_hub_id(base):
+    if not is_hub_id(base):
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     for key, value in (quiet | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}).items():
