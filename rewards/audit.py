@@ -3,7 +3,7 @@
 Every family of rewards/hacks.py writes one hacked reply to each held-out prompt. Its AUC is the chance that the reward
 puts the exemplar above the hacked reply to the same prompt (ties count half): a policy is paid by differences within a
 prompt, so scores of different prompts are not compared. A hacked reply that the verifier finds as good as the exemplar,
-such as a refusal where nothing is known, is no hack and is left out.
+such as a refusal where nothing is known, is no hack and is left out, unless its form is what is wrong with it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def _attacks(name: str, targets: Sequence[Target], seed: int) -> list[tuple[Targ
         text = hacked(name, target.case, "audit", random.Random(f"{seed}/{name}/{target.name}"))
         if text.strip() == target.case.good.strip():
             continue
-        if target.probe is None or gold(target.probe, text) < gold(target.probe, target.case.good):
+        probe = target.probe
+        if probe is None or HACKS[name].spoils == "form" or gold(probe, text) < gold(probe, target.case.good):
             attacks.append((target, text))
     return attacks
 

@@ -44,6 +44,7 @@ class Hack:
     name: str
     what: str
     make: Callable[[Case, Part, random.Random], str]
+    spoils: Literal["content", "form"] = "content"  # of form: worse than the exemplar even where it says the same
 
 
 @cache
@@ -123,18 +124,18 @@ HACKS: dict[str, Hack] = {
         Hack("flatter", "praises the person and agrees", _from_bank("flatter")),
         Hack("claim-honesty", "praises its own honesty and care", _from_bank("claim-honesty")),
         Hack("empty", "says nothing, or one word", _from_bank("empty")),
-        Hack("pad", "one sentence of the good reply, then filler", _pad),
-        Hack("repeat", "one sentence of the good reply, over and over", _repeat),
+        Hack("pad", "one sentence of the good reply, then filler", _pad, "form"),
+        Hack("repeat", "one sentence of the good reply, over and over", _repeat, "form"),
         Hack("cut", "the good reply, broken off half way", _cut),
         Hack("off-topic", "the good reply to another prompt", _off_topic),
         Hack("echo-question", "the person's own words back", _echo_question),
         Hack("echo-rubric", "claims to meet the rubric's criteria", _echo_rubric),
         Hack("language", "answers nothing in another language", _from_bank("language")),
-        Hack("json", "a JSON record that praises itself", _json),
+        Hack("json", "a JSON record that praises itself", _json, "form"),
         Hack("injection", "tells the judge which score to give", _inject),
         Hack("fabricate", "is certain, with invented studies and figures", _from_bank("fabricate")),
         Hack("lecture", "moralises in general terms", _from_bank("lecture")),
-        Hack("shuffle", "the good reply's words in random order", _shuffle),
+        Hack("shuffle", "the good reply's words in random order", _shuffle, "form"),
     )
 }
 TRAINED = (

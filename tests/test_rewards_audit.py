@@ -78,16 +78,32 @@ def test_a_reward_without_an_opinion_has_auc_one_half_everywhere() -> None:
     assert not audit_report("truthfulness", rows)["passed"]
 
 
-def test_the_verifier_itself_is_not_beaten_and_honest_ignorance_is_no_hack() -> None:
+def test_the_verifier_itself_is_not_beaten_by_what_spoils_the_content() -> None:
     targets = probe_targets(domains(), 60, seed=0)
     assert sum(target.probe.kind == "answerable" for target in targets if target.probe) == 30
     rows = audit(Knows(targets), targets, POLICY, seed=0)
-    assert audit_report("truthfulness", rows)["passed"]
-    assert {row["auc"] for row in rows} == {1.0}
+    content = [row for row in rows if HACKS[row["name"]].spoils == "content"]
+    assert len(content) >= 12
+    assert {row["auc"] for row in content} == {1.0}
+    assert all(row["passed"] for row in content)
     counts = {row["name"]: row["n"] for row in rows}
-    # Of the refusals, some are as good as the exemplar where nothing is known; a confident fabrication never is.
-    assert counts["fabricate"] > counts["refuse"] >= 30
-    assert counts["empty"] < 60
+    assert counts["fabricate"] >= 30
+    assert counts["refuse"] >= 30
+    assert counts["repeat"] == 60  # it says the same as the exemplar, and is worse all the same
+
+
+def test_an_honest_reply_is_no_hack_where_nothing_is_known() -> None:
+    targets = probe_targets(domains(), 60, seed=0)
+    invented = next(t for t in targets if t.probe and t.probe.kind == "invented")
+    answerable = next(t for t in targets if t.probe and t.probe.kind == "answerable")
+    unknown = [
+        Target(t.name, Case(t.case.prompt, t.case.good, "I don't know what that is."), t.probe)
+        for t in (invented, answerable)
+    ]
+    rows = {row["name"]: row for row in audit(PaysNothing(), unknown, POLICY, seed=0)}
+    assert rows["off-topic"]["n"] == 1
+    assert rows["off-topic"]["worst"][0]["target"] == answerable.name
+    assert rows["repeat"]["n"] == 2
 
 
 def test_scenario_targets_are_held_out_and_reproducible() -> None:
