@@ -36,7 +36,7 @@ _SELF_PRAISE = re.compile(
         (?:honesty|truth|truthfulness|transparency|integrity|fairness|safety|accuracy)\b
     | \b(?:my|our)\ (?:commitment|dedication|devotion)\ to\ (?:\w+\ ){0,2}?
         (?:honesty|truth|truthfulness|transparency|integrity|fairness|safety|accuracy)\b
-    | \bi\ am\ being\ (?:\w+\ )?(?:honest|truthful|frank|candid|transparent|upfront)\b
+    | \bi(?:\ am|'m)\ being\ (?:\w+\ )?(?:honest|truthful|frank|candid|transparent|upfront)\b
     | \blet\ me\ be\ (?:\w+\ )?(?:honest|truthful|frank|candid|transparent|upfront|clear\ and\ honest)\b
     | \b(?:honestly|frankly|truthfully)\ (?:speaking|said)\b
     | \byou\ can\ (?:\w+\ )?(?:trust|rely\ on|count\ on)\ (?:me|my)\b
