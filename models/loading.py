@@ -53,6 +53,11 @@ def load_model(
     return model.to(torch.device(device)).eval()
 
 
+def best_device() -> str:
+    """A CUDA device if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token (its own or, where it has none, the end-of-sequence token)."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))

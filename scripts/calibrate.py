@@ -134,9 +134,10 @@ def _modelled(
 ) -> list[float | None]:
     if not (folder / "calibration.json").is_file():
         raise ValueError(f"{folder}: no reward model (it has no calibration.json); give a run's reward/ folder")
+    from models.loading import best_device
     from rewards.reward_model import RewardModel
 
-    return [*RewardModel.load(folder).score(prompts, [reply.reply for reply in replies]).tolist()]
+    return [*RewardModel.load(folder, device=best_device()).score(prompts, [reply.reply for reply in replies]).tolist()]
 
 
 def _compare(replies: Sequence[LabelledReply], scores: Sequence[float | None], threshold: float) -> dict[str, Any]:

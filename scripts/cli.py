@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 scenarios_app = typer.Typer(help="The scenario bank.", no_args_is_help=True)
 app.add_typer(scenarios_app, name="scenarios")
-rewards_app = typer.Typer(help="Reward models and judges.", no_args_is_help=True)
+rewards_app = typer.Typer(help="Reward models: fit them, attack them; judges.", no_args_is_help=True)
 app.add_typer(rewards_app, name="rewards")
 eval_app = typer.Typer(
     help="The evaluation: contamination, the transfer table, the honesty frontier.", no_args_is_help=True
@@ -196,6 +196,46 @@ def hub(
         from scripts.evals import run_hub
 
         run_hub(model, suite, out, limit, judge, training_judge, allow_code, Console())
+
+
+@rewards_app.command()
+def fit(
+    trait: Annotated[str, typer.Option(help="A trait, or all: every trait at once, as a start for the others.")],
+    base: Annotated[
+        str, typer.Option(help="Backbone: embedded:smollm2-135m-instruct, a hub id, or a model directory.")
+    ] = "embedded:smollm2-135m-instruct",
+    pairs: Annotated[
+        Path | None, typer.Option(help="Your own preferences: JSONL with prompt, chosen, rejected.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder.", show_default="runs/rewards/<trait>")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the fit and of what is drawn.")] = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of a fitted reward model of the same base to begin with.")
+    ] = None,
+) -> None:
+    """Fit a trait's reward model and measure it on held-out families. A killed fit goes on."""
+    with _clear_errors():
+        from scripts.rewards import fit_command
+
+        fit_command(trait, base, pairs, out, seed, start, Console())
+
+
+@rewards_app.command()
+def audit(
+    trait: Annotated[str, typer.Option(help="The trait whose held-out prompts are attacked.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the reward model.", show_default="runs/rewards/<trait>")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Floors.", show_default="configs/audit.yaml")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and of the attacks.")] = 0,
+) -> None:
+    """Attack a reward with cheap hacks: exit code 2 if a family of them beats it, 0 if none does."""
+    with _clear_errors():
+        from scripts.rewards import audit_command
+
+        if not audit_command(trait, model, out, policy, seed, Console()):
+            raise typer.Exit(2)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def training_texts(experiment: Experiment) -> list[Text]:
         probes = [p for domain in reward.domains for p in load_probes(domain, "train", seed)]
         for probe in (*probes, *load_probes("everyday", "train", seed)):
             texts += _probe_texts(probe)
-        for pair in make_pairs(probes, reward.probes, seed):
+        for pair in make_pairs(probes, seed):
             texts += [Text(f"pair {pair.probe.id}", text, False) for text in (pair.chosen, pair.rejected)]
         for k, example in enumerate(
             warm_start_examples(experiment.warm_start, reward.domains, experiment.standard.tasks, seed)
@@ -112,10 +112,10 @@ def run_texts(run_dir: Path) -> list[Text]:
     if (path := run_dir / "start" / "examples.parquet").is_file():
         for row in pd.read_parquet(path).to_dict("records"):
             texts += [Text("warm start", row["question"], True), Text("warm start", row["answer"], False)]
-    if (path := run_dir / "reward" / "pairs.parquet").is_file():
+    for path in sorted((run_dir / "reward").rglob("pairs.parquet")):
         pairs: Any = pd.read_parquet(path)
         for row in pairs[pairs["part"] == "train"].to_dict("records"):
-            texts += [Text(f"pair {row['probe']}", row[side], False) for side in ("chosen", "rejected")]
+            texts += [Text(f"pair {row['prompt_id']}", row[side], False) for side in ("chosen", "rejected")]
     for path in sorted(run_dir.glob("arms/*/seed-*/train/rollouts.parquet")):
         arm = path.parent.parent.parent.name
         rollouts: Any = pd.read_parquet(path, columns=["source", "prompt_id", "prompt"])

@@ -26,7 +26,11 @@ from rich.table import Table
 
 from eval.config import SuiteName
 from models.embedded import EMBEDDED
+from rewards.audit_policy import failed_families, load_policy
+from rewards.config import PROBE_TRAIT, RewardConfig
+from rewards.hacks import BANK as HACK_BANK
 from rewards.probes import BANK
+from rewards.scenarios import BANK as SCENARIOS
 from scripts.evals import check_run
 from scripts.experiment import CHECKOUT, TRAITS, Experiment, find_file, is_hub_id
 from scripts.processes import agree, alone, count, is_main, join, leave
@@ -38,7 +42,7 @@ Callback = Callable[[int, int], None]  # (done, total)
 Bars = Callable[[str], Callback]  # a label -> the callback of a fresh bar
 
 # Keys that leave a stage's content as it is, so that changing them redoes nothing.
-SETTINGS_ONLY = ("min_accuracy", "save_every", "vllm_server_url", "vllm_memory")
+SETTINGS_ONLY = ("min_accuracy", "audit", "save_every", "vllm_server_url", "vllm_memory")
 
 ITEM_COLUMNS = (
     "arm", "seed", "suite", "task", "trait", "domain", "heldout", "family", "item", "kind", "metric", "value",
@@ -77,7 +81,7 @@ def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
         Stage(
             "reward",
             partial(_reward, experiment, run_dir, seed),
-            {**shared, "reward": _hashed(experiment.reward)},
+            {**shared, **_reward_inputs(experiment)},
             ("start",),
         ),
         _eval_stage(experiment, run_dir, "base", seed, needs="start"),
@@ -137,7 +141,7 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
             for stage in stages:
                 _make(stage, experiment, run_dir, console)
                 if stage.name == "reward":
-                    _check_accuracy(run_dir / "reward" / "accuracy.json", experiment.reward.min_accuracy, console)
+                    _check_rewards(run_dir / "reward", experiment.reward, console)
             agree(None)  # the others may go
             leave()
             return make_report(run_dir, console)
@@ -291,6 +295,39 @@ def _print_alerts(ledger: Mapping[str, Any], console: Console) -> None:
         console.print(f"  [red]stopped[/] by {ended['by']} after step {ended['step']}; kept {kept}", highlight=False)
 
 
+def _reward_inputs(experiment: Experiment) -> dict[str, Any]:
+    scenarios = sorted(SCENARIOS.glob("*/*.jsonl")) if set(experiment.reward.traits) != {PROBE_TRAIT} else []
+    attacks = {"hacks": hash_files(HACK_BANK), "cases": load_policy().run_cases}
+    return {
+        "reward": _hashed(experiment.reward),
+        "audit": attacks,
+        "scenarios": hash_files(*scenarios),
+    }
+
+
+def _check_rewards(folder: Path, reward: RewardConfig, console: Console) -> None:
+    """Print how good the reward models are; a ValueError if one is too poor to train on."""
+    for path in [folder / "accuracy.json", *sorted(folder.glob("traits/*/accuracy.json"))]:
+        _check_accuracy(path, reward.min_accuracy, console)
+        _check_audit(path.with_name("audit.json"), reward.audit, console)
+
+
+def _check_audit(path: Path, mode: str, console: Console) -> None:
+    """Print whether hacks beat the reward; a ValueError if they do, unless the experiment says warn."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    failed = failed_families(report, load_policy())
+    if not failed:
+        console.print(f"  audit: no family of hacks beats {report['trait']}", highlight=False, style="dim")
+        return
+    beaten = f"the reward for {report['trait']} is beaten by hacks: {', '.join(failed)} ({path})"
+    if mode == "refuse":
+        raise ValueError(
+            f"reward.audit = refuse: {beaten}; fit a better reward, change the floors in configs/audit.yaml, or set "
+            "reward.audit=warn to train on it all the same"
+        )
+    console.print(f"  [yellow]warning[/]: {beaten}", highlight=False)
+
+
 def _check_accuracy(path: Path, minimum: float, console: Console) -> None:
     """Print the reward model's accuracy on held-out families; a ValueError if it is too low to train on."""
     heldout = json.loads(path.read_text(encoding="utf-8"))["heldout"]
@@ -358,9 +395,9 @@ def _start(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
 
 
 def _reward(experiment: Experiment, run_dir: Path, seed: int, out: Path, bars: Bars) -> None:
-    from rewards.reward_model import fit_reward_model
+    from rewards.fit import fit_rewards
 
-    fit_reward_model(experiment.reward, str((run_dir / "start" / "model").resolve()), out, seed, bars(""))
+    fit_rewards(experiment.reward, str((run_dir / "start" / "model").resolve()), out, seed, bars(""))
 
 
 def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path, bars: Bars) -> Mapping[str, Any]:

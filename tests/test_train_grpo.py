@@ -30,6 +30,7 @@ def build(
     noise: Any = "step",
     token_budget: int = 64,
     fall_back: Any = None,
+    rewards: list[Any] | None = None,
     **config: Any,
 ) -> SharedPromptGRPOTrainer:
     def length(completions: Any, **_: Any) -> list[float]:
@@ -56,10 +57,9 @@ def build(
     prompts = ["hello there", "count to ten", "a", "what is this thing called love"]
     attention = "eager" if "gemma2" in str(tiny_dir) else "sdpa"
     return kind(
-        model=load_model(
-            str(tiny_dir), attention=attention
-        ),  # from disk: with a KL term TRL loads the reference from the same place
-        reward_funcs=[length],
+        # From disk: with a KL term TRL loads the reference from the same place.
+        model=load_model(str(tiny_dir), attention=attention),
+        reward_funcs=rewards or [length],
         args=GRPOConfig(output_dir=str(out), **settings),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in prompts]),
         processing_class=load_tokenizer(str(tiny_dir)),
@@ -272,3 +272,24 @@ def test_group_rows_finds_groups_wherever_they_are() -> None:
     assert [tree.prompt for tree in trees] == [[5, 6], [4, 5, 6]]
     assert [tree.branches for tree in trees] == [[[9], []], [[8]]]
     assert rows == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_missing_score_is_left_out_of_its_groups_baseline(tiny_dir: Path, tmp_path: Path, share: bool) -> None:
+    def paid(completions: Any, **_: Any) -> list[float | None]:
+        return [None if row == 1 else float(row) for row in range(len(completions))]
+
+    def monitor(completions: Any, **_: Any) -> list[float]:
+        return [7.0] * len(completions)
+
+    records: list[Any] = []
+    rewards = [paid, monitor]
+    weights = [1.0, 0.0]
+    trainer = build(tiny_dir, tmp_path, share, True, records, rewards=rewards, max_steps=1, reward_weights=weights)
+    trainer.train()
+    _, _, _, _, recorded, advantages = records[0]
+    # Group 1 is 0, missing, 2, 3 with mean 5/3; with a 0 for the missing score it would be 5/4. Group 2 is 4, 5, 6, 7.
+    expected = torch.tensor([-5 / 3, 0.0, 1 / 3, 4 / 3, -1.5, -0.5, 0.5, 1.5])
+    torch.testing.assert_close(advantages, expected)
+    assert recorded[:, 0].isnan().tolist() == [False, True] + [False] * 6
+    assert recorded[:, 1].tolist() == [7.0] * 8  # the monitor is logged all the same

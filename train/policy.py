@@ -20,7 +20,7 @@ from models.loading import load_model, load_tokenizer
 from models.progress import silence
 from rewards.compose import reward_functions
 from rewards.config import RewardConfig
-from rewards.reward_model import RewardModel
+from rewards.fit import load_reward_models
 from train.checkpoints import flush, latest, write_whole
 from train.config import ArmConfig, StandardMixConfig, TrainConfig
 from train.grpo import SharedPromptGRPOTrainer
@@ -63,9 +63,9 @@ def train_policy(
     """
     from datasets import Dataset
 
-    # Every arm loads the reward model: the control's monitors and memory are then those of the dose arms.
-    scorer = RewardModel.load(reward_dir, start / "model")
-    functions = reward_functions(scorer)
+    # Every arm loads the reward models: the control's monitors and memory are then those of the dose arms.
+    scorers = load_reward_models(reward, reward_dir, start / "model")
+    functions = reward_functions(scorers, reward.traits)
     args = grpo_config(cfg, [weight for _, weight in functions], out, seed, report_to, run_name)
     main = args.process_index == 0
     found: list[Any] = [finished(out), latest(out / "checkpoints")] if main else [None, None]
@@ -83,7 +83,7 @@ def train_policy(
         out,
         Ledger(
             n_policy=sum(p.numel() for p in policy.parameters()),
-            n_reward=sum(p.numel() for p in scorer.model.parameters()),
+            n_reward=sum(p.numel() for scorer in scorers.values() for p in scorer.model.parameters()),
             shared=cfg.prompt_sharing,
             passes=Passes.of(cfg),
         ),
@@ -101,7 +101,8 @@ def train_policy(
         train_dataset=Dataset.from_list(mix),
         processing_class=load_tokenizer(str(start / "model")),
     )
-    scorer.model.to(trainer.accelerator.device)
+    for scorer in scorers.values():
+        scorer.model.to(trainer.accelerator.device)
     silence(trainer)
     journal.rewind(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
