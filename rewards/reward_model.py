@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from statsmodels.stats.proportion import proportion_confint
 
+from models.checkpoints import latest
 from models.loading import best_device, load_model, load_tokenizer, resolve_model
 from models.progress import ProgressCallback, silence
 from models.rollout import sample
@@ -195,7 +196,6 @@ def train_reward_model(
     from datasets import Dataset
     from peft import AutoPeftModelForSequenceClassification, LoraConfig, TaskType
     from transformers import AutoModelForSequenceClassification
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import RewardConfig as TRLRewardConfig
 
     tokenizer = load_tokenizer(base)
@@ -228,7 +228,7 @@ def train_reward_model(
             gradient_checkpointing=False,
             save_strategy="no" if recipe.save_every is None else "steps",
             save_steps=recipe.save_every or 500,
-            save_total_limit=1,
+            save_total_limit=2,
             logging_steps=5,
             report_to="none",
             disable_tqdm=True,
@@ -241,7 +241,8 @@ def train_reward_model(
         callbacks=[ProgressCallback(progress)],
     )
     silence(trainer)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out / "trainer")) if recipe.save_every else None)
+    checkpoint = latest(out / "trainer") if recipe.save_every else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     pd.DataFrame(trainer.state.log_history).to_parquet(out / "steps.parquet")
     trainer.save_model(str(out / "model"))
     tokenizer.save_pretrained(out / "model")

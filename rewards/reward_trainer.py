@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from trl import RewardConfig, RewardTrainer
 
+from models.checkpoints import SealedTrainer
 from models.shared_prompt import Pack, Tree, fill, pack, packed_hidden
 from rewards.preferences import Preference
 
@@ -17,7 +18,7 @@ Messages = list[dict[str, str]]
 TOKEN_BUDGET = 1024
 
 
-class SharedPromptRewardTrainer(RewardTrainer):
+class SharedPromptRewardTrainer(SealedTrainer, RewardTrainer):
     """RewardTrainer whose examples are prompts with ranked replies (preference_rows) instead of single pairs."""
 
     args: RewardConfig

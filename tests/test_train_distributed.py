@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from safetensors.torch import load_file
 from tests.children import finish, finish_all, fork, fork_group, kill
 from tests.conftest import REWARD, STANDARD
 from tests.test_train_grpo import build
+from tests.test_train_stops import lose_rewards_from
 from train.config import ArmConfig, TrainConfig
 from train.grpo import SharedPromptGRPOTrainer
 from train.policy import grpo_config, save_weights, train_policy
+from train.ppo import CRITIC
 
 TRAIN = TrainConfig(
     max_steps=4, prompts_per_step=4, group_size=2, max_new_tokens=6, lora_rank=2, save_every=2, noise="row"
@@ -40,10 +43,10 @@ class ShardedTrainer(SharedPromptGRPOTrainer):
         self.is_fsdp_enabled = True
 
 
-def train_arm(stages: Path, out: Path) -> None:
+def train_arm(stages: Path, out: Path, config: TrainConfig = TRAIN) -> None:
     """The whole of an arm, with checkpoints; goes on where it was."""
     out.mkdir(exist_ok=True)
-    train_policy(TRAIN, STANDARD, ArmConfig(dose=0.5), REWARD, stages / "start", stages / "reward", out, 0)
+    train_policy(config, STANDARD, ArmConfig(dose=0.5), REWARD, stages / "start", stages / "reward", out, 0)
 
 
 def train_trainer(
@@ -63,11 +66,11 @@ def train_trainer(
     save_weights(trainer, out / "weights")
 
 
-def assert_close(one: Path, two: Path) -> None:
+def assert_close(one: Path, two: Path, atol: float = 1e-5) -> None:
     ours, theirs = load_file(one), load_file(two)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
-        torch.testing.assert_close(theirs[name], weight, atol=1e-5, rtol=0)
+        torch.testing.assert_close(theirs[name], weight, atol=atol, rtol=0)
 
 
 def test_an_arm_of_two_processes_is_that_of_one_also_after_a_kill(tiny_stages: Path, tmp_path: Path) -> None:
@@ -90,6 +93,28 @@ def test_an_arm_of_two_processes_is_that_of_one_also_after_a_kill(tiny_stages: P
     exact = ["step", "position", "source", "prompt_id", "prompt", "completion", "tokens"]
     pd.testing.assert_frame_equal(one[exact], two[exact])
     pd.testing.assert_frame_equal(one.drop(columns=exact), two.drop(columns=exact), atol=1e-5)
+
+
+def test_ppo_in_two_processes_ends_as_in_one(tiny_stages: Path, tmp_path: Path) -> None:
+    """Policy and critic: advantages are whitened over both, and tokens weigh alike wherever they are."""
+    settings = {"algorithm": "ppo", "beta": 0.01, "epochs": 2, "max_new_tokens": 24, "max_steps": 2}
+    config = TrainConfig.model_validate(TRAIN.model_dump() | settings)
+    assert finish(fork(lambda: train_arm(tiny_stages, tmp_path / "one", config))) is None
+    finish_all(fork_group(lambda: train_arm(tiny_stages, tmp_path / "two", config)))
+    assert len(set(pd.read_parquet(tmp_path / "one" / "rollouts.parquet")["tokens"])) > 1
+    for file in ("adapter/adapter_model.safetensors", f"checkpoints/checkpoint-2/{CRITIC}"):
+        assert_close(tmp_path / "one" / file, tmp_path / "two" / file, atol=1e-4)
+
+
+def test_a_watcher_stops_both_processes(tiny_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And both put back the checkpoint from before what it saw."""
+    lose_rewards_from(3, monkeypatch)
+    config = TRAIN.model_copy(update={"max_steps": 8})
+    finish_all(fork_group(lambda: train_arm(tiny_stages, tmp_path / "arm", config)))
+    ended = json.loads((tmp_path / "arm" / "ledger.json").read_text())["ended"]
+    assert (ended["by"], ended["step"], ended["kept_step"]) == ("train.watch.non_finite", 4, 2)
+    kept = tmp_path / "arm" / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors"
+    assert_close(tmp_path / "arm" / "adapter" / "adapter_model.safetensors", kept, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", pytest.param("ddp-full", marks=pytest.mark.slow), "fsdp-full"])

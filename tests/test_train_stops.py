@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.checkpoints import HASHES, find_damage
 from models.loading import load_model
 from tests.conftest import REWARD, STANDARD
-from tests.test_train_checkpoints import assert_same_end
+from tests.test_train_resume import assert_same_end
 from train import policy
-from train.checkpoints import HASHES, find_damage
 from train.config import ArmConfig, TrainConfig
 from train.policy import train_policy
 from train.ppo import CRITIC

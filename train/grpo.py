@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from models.checkpoints import SealedTrainer
 from models.rollout import sample
 from models.self_check import check_trees, difference, is_exact, raised, rollout_problem
 from models.shared_prompt import (
@@ -35,7 +36,6 @@ from models.shared_prompt import (
     structural_problem,
 )
 from train.batches import padded, tree_runs, whole_rows
-from train.checkpoints import PARTIAL, clear_partial, partial_folder, seal
 
 Record = Callable[[int, list[dict[str, Any]], list[list[int]], list[list[int]], Tensor, Tensor], None]
 Keep = Callable[[list[dict[str, Any]]], int]
@@ -44,7 +44,7 @@ Noise = Literal["step", "row"]
 log = logging.getLogger("traitdose")
 
 
-class SharedPromptGRPOTrainer(GRPOTrainer):
+class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
     """GRPOTrainer whose groups share their prompt, in rollouts and updates.
 
     `keep(prompts)` says how many of a step's groups are still affordable, and
@@ -90,7 +90,6 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         self.measure_kl = measure_kl
         self.canary = canary
         self.checked = False
-        self._sealing = False
         if share and self._entropy_bonus_enabled:
             raise ValueError("train: an entropy bonus needs entropy gradients, which prompt sharing does not compute")
 
@@ -369,39 +368,16 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
 
     # -- checkpoints
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = Path(super()._get_output_dir(trial))
-        return str(folder / PARTIAL if self._sealing else folder)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
-        partial = partial_folder(folder, self.state.global_step)
-        if self.args.should_save:
-            clear_partial(folder)
-        self.accelerator.wait_for_everyone()
-        self._sealing = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._sealing = False
-        self.save_extras(partial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(partial, folder, keep=self.args.save_total_limit or 2)
-        self.accelerator.wait_for_everyone()
-
     def save_extras(self, folder: Path) -> None:
-        """Add to a checkpoint, before it is sealed, what TRL leaves out; a subclass with a state of its own extends it.
+        """Add what TRL leaves out; a subclass with a state of its own extends it.
 
         TRL counts batches and keeps rollouts for several of them, and starts both anew when it resumes.
         """
         within = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         state = {"step": self._step, "buffered": self._buffered_inputs if within else None}
         torch.save(state, folder / self._extras())
-        if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            if self.save is not None:
-                self.save(folder)
+        if self.args.should_save and self.save is not None:
+            self.save(folder)
 
     def load_extras(self, folder: Path) -> None:
         """Take back what save_extras wrote in this process, if it was one of as many."""
@@ -412,11 +388,6 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
 
     def _extras(self) -> str:
         return f"batch-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.pt"
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_extras(Path(checkpoint))
 
 
 def total_rewards(rewards_BF: Tensor, weights_F: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor
 from transformers import TrainerCallback
 
+from models.checkpoints import flush, latest, write_whole
 from models.loading import load_model, load_tokenizer
 from models.progress import silence
 from rewards.compose import reward_functions
 from rewards.config import RewardConfig
 from rewards.fit import load_reward_models
-from train.checkpoints import flush, latest, write_whole
 from train.config import ArmConfig, StandardMixConfig, TrainConfig
 from train.grpo import SharedPromptGRPOTrainer
 from train.ledger import Ledger, Passes

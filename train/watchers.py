@@ -18,8 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import TrainerCallback
 
+from models.checkpoints import latest, step_of
 from models.loading import load_model
-from train.checkpoints import latest, step_of
 from train.config import WatchConfig
 from train.ledger import Ledger
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import random
 import signal
@@ -20,73 +19,17 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from models.checkpoints import latest, partial_folder
 from tests.children import finish, fork
 from tests.conftest import REWARD, STANDARD
+from tests.test_models_checkpoints import flip
 from tests.test_train_grpo import build
-from train.checkpoints import HASHES, clear_partial, find_damage, latest, partial_folder, seal
 from train.config import ArmConfig, TrainConfig
 from train.policy import train_policy, whole_lines
 
 TRAIN = TrainConfig(
     max_steps=5, prompts_per_step=4, group_size=2, max_new_tokens=4, lora_rank=2, save_every=2, micro_batches=2
 )
-
-
-def write_checkpoint(folder: Path, step: int, keep: int = 2) -> Path:
-    partial = partial_folder(folder, step)
-    (partial / "shards").mkdir(parents=True)
-    (partial / "weights.safetensors").write_bytes(bytes(range(200)) + step.to_bytes())
-    (partial / "shards" / "0.bin").write_bytes(b"part")
-    return seal(partial, folder, keep)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path: Path) -> None:
-    for step in (2, 4, 10):
-        write_checkpoint(tmp_path, step)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-4"]
-    assert latest(tmp_path) == tmp_path / "checkpoint-10"
-    assert latest(tmp_path / "nothing-here") is None
-
-
-@pytest.mark.parametrize(
-    ("damage", "word"),
-    [
-        (lambda c: flip(c / "weights.safetensors"), "weights.safetensors has changed"),
-        (lambda c: (c / "weights.safetensors").write_bytes(b""), "weights.safetensors has changed"),
-        (lambda c: flip(c / "shards" / "0.bin"), "0.bin has changed"),
-        (lambda c: (c / "shards" / "0.bin").unlink(), "0.bin is missing"),
-        (lambda c: (c / HASHES).unlink(), "hashes.json is missing"),
-        (lambda c: (c / HASHES).write_text((c / HASHES).read_text()[:40]), "cannot be read"),
-    ],
-    ids=["bit", "cut", "bit below", "gone", "no hashes", "torn hashes"],
-)
-def test_a_damaged_checkpoint_is_told_and_the_previous_one_is_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], word: str
-) -> None:
-    write_checkpoint(tmp_path, 2)
-    damage(write_checkpoint(tmp_path, 4))
-    with caplog.at_level(logging.WARNING, "traitdose"):
-        assert latest(tmp_path) == tmp_path / "checkpoint-2"
-    assert "checkpoint-4 is damaged" in caplog.text
-    assert word in caplog.text
-    whole = write_checkpoint(tmp_path, 4)  # the run comes by again
-    assert find_damage(whole) is None
-    assert latest(tmp_path) == whole
-
-
-def test_a_half_written_checkpoint_is_never_seen(tmp_path: Path) -> None:
-    partial = partial_folder(tmp_path, 6)
-    partial.mkdir(parents=True)
-    (partial / "weights.safetensors").write_bytes(b"half")
-    assert latest(tmp_path) is None
-    clear_partial(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_torn_line_ends_the_journal(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 <folder>/partial/checkpoint-<step> is written first. When every process has put its part there, hashes.json (SHA-256 of
 every file) is added, all of it is brought to the disk, and one rename makes it <folder>/checkpoint-<step>. A reader
-takes the newest checkpoint whose files still have their hashes.
+takes the newest checkpoint whose files still have their hashes. SealedTrainer does so for a Hugging Face trainer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
 
 HASHES = "hashes.json"
 PARTIAL = "partial"
@@ -98,6 +101,45 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class SealedTrainer(Trainer):
+    """To be inherited before a Trainer: its checkpoints are sealed, the newest args.save_total_limit of them stay."""
+
+    _sealing = False
+
+    def save_extras(self, folder: Path) -> None:
+        """Add to a checkpoint, before it is sealed, what the trainer leaves out; called in every process."""
+
+    def load_extras(self, folder: Path) -> None:
+        """Take back what save_extras wrote."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = Path(super()._get_output_dir(trial))
+        return str(folder / PARTIAL if self._sealing else folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir))
+        partial = partial_folder(folder, self.state.global_step)
+        if self.args.should_save:
+            clear_partial(folder)
+        self.accelerator.wait_for_everyone()
+        self._sealing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._sealing = False
+        self.save_extras(partial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            seal(partial, folder, keep=self.args.save_total_limit or 2)
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_extras(Path(checkpoint))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
