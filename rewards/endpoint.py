@@ -92,7 +92,7 @@ class _Top(_Shape):
 
 class _Logprob(_Top):
     bytes: list[int] | None = None
-    top_logprobs: list[_Top] = []
+    top_logprobs: list[_Top] | None = None
 
 
 class _Logprobs(_Shape):
@@ -294,7 +294,7 @@ def _retry_after(error: Exception) -> float:
 
 def _token(given: _Logprob) -> Token:
     raw = bytes(given.bytes) if given.bytes is not None else given.token.encode()
-    alternatives = {top.token: top.logprob for top in (*given.top_logprobs, given)}
+    alternatives = {top.token: top.logprob for top in (*(given.top_logprobs or ()), given)}
     return Token(raw, tuple(alternatives.items()))
 
 
