@@ -204,7 +204,7 @@ class Chat:
         if system:
             request["system"] = system
         if self.cfg.temperature is not None:
-            request["temperature"] = self.cfg.temperature
+            request["extra_body"] = {"temperature": self.cfg.temperature}  # the client has no argument for it any more
         if schema is not None:
             request["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
         done = _Message.model_validate(await self._client.messages.create(**request), from_attributes=True)
