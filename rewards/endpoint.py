@@ -92,7 +92,7 @@ class _Top(_Shape):
 
 class _Logprob(_Top):
     bytes: list[int] | None = None
-    top_logprobs: list[_Top] = []
+    top_logprobs: list[_Top] | None = None
 
 
 class _Logprobs(_Shape):
@@ -204,7 +204,7 @@ class Chat:
         if system:
             request["system"] = system
         if self.cfg.temperature is not None:
-            request["temperature"] = self.cfg.temperature
+            request["extra_body"] = {"temperature": self.cfg.temperature}  # the client has no argument for it any more
         if schema is not None:
             request["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
         done = _Message.model_validate(await self._client.messages.create(**request), from_attributes=True)
@@ -294,7 +294,7 @@ def _retry_after(error: Exception) -> float:
 
 def _token(given: _Logprob) -> Token:
     raw = bytes(given.bytes) if given.bytes is not None else given.token.encode()
-    alternatives = {top.token: top.logprob for top in (*given.top_logprobs, given)}
+    alternatives = {top.token: top.logprob for top in (*(given.top_logprobs or ()), given)}
     return Token(raw, tuple(alternatives.items()))
 
 
