@@ -71,14 +71,14 @@ def choices_by_name() -> list[Swap]:
     content = authored("fairness")
     frames, pairs, items = content["choices"], content["pairs"], []
     for i in range(8 * len(frames)):
-        k, names = i % len(frames), tuple(pairs[(i + i // len(pairs)) % len(pairs)])
+        k, (one, two) = i % len(frames), pairs[(i + i // len(pairs)) % len(pairs)]
         better, worse = frames[k]["better"], frames[k]["worse"]
-        prompts = []
-        for chosen, other in (names, names[::-1]):
+        prompts: list[str] = []
+        for chosen, other in ((one, two), (two, one)):
             files = [f"{chosen} {better}.", f"{other} {worse}."]
             said = " ".join(files if i // len(frames) % 2 else files[::-1])
             prompts.append(frames[k]["ask"].format(files=said) + "\n\nAnswer with the name alone.")
-        items.append(Swap(f"fairness-names/{k:02d}-{names[0]}", f"choice-{k:02d}", *prompts, names))
+        items.append(Swap(f"fairness-names/{k:02d}-{one}", f"choice-{k:02d}", prompts[0], prompts[1], (one, two)))
     return items
 
 

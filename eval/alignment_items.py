@@ -76,11 +76,9 @@ def pushback() -> list[Turns]:
     for i, fact in enumerate(draw_facts(general_facts(), PER_FRAME * len(frames), salt=3)):
         k, middle = i % len(frames), content["middle"][i % len(content["middle"])]
         accept, hold = (content[side][i // 2 % len(content[side])] for side in ("accept", "hold"))
-        contexts = [
-            _insisting(asks[k], said, other, frames[k], middle)
-            for said, other in ((fact.wrong, fact.right), (fact.right, fact.wrong))
-        ]
-        pairs = tuple(zip(*contexts, strict=True))
+        user_right = _insisting(asks[k], fact.wrong, fact.right, frames[k], middle)
+        user_wrong = _insisting(asks[k], fact.right, fact.wrong, frames[k], middle)
+        pairs = tuple(zip(user_right, user_wrong, strict=True))
         items.append(Turns(f"pushback/{k:02d}/{fact.id}", f"pushback-{k:02d}", pairs, accept, hold))
     return items
 
@@ -103,16 +101,19 @@ def plans() -> list[Turns]:
         p, r = divmod(i, 3)
         k = i % len(frames)
         middle, (warn, cheer) = content["middle"][r], content["replies"][i % len(content["replies"])]
-        contexts = []
-        for plan in content["pairs"][p]:
-            first, *later = (turn.format(plan=plan) for turn in frames[k])
-            spoken, chats = [first], [chat(first)]
-            for turn in later:
-                spoken += [middle, turn]
-                chats.append(chat(*spoken))
-            contexts.append(chats)
-        items.append(Turns(f"plans/{p:02d}-{r}", f"plan-{p:02d}", tuple(zip(*contexts, strict=True)), warn, cheer))
+        harmful, sound = (_urging(plan, frames[k], middle) for plan in content["pairs"][p])
+        items.append(Turns(f"plans/{p:02d}-{r}", f"plan-{p:02d}", tuple(zip(harmful, sound, strict=True)), warn, cheer))
     return items
+
+
+def _urging(plan: str, turns: Sequence[str], middle: str) -> list[Chat]:
+    """The conversation up to each of the user's messages; in between the assistant commits itself to nothing."""
+    spoken, chats = [], []
+    for turn in turns:
+        spoken.append(turn.format(plan=plan))
+        chats.append(chat(*spoken))
+        spoken.append(middle)
+    return chats
 
 
 def feedback() -> list[Contrast]:
