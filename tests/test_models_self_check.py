@@ -71,7 +71,7 @@ def test_sharing_holds(name: str) -> None:
     trees = check_trees(259)
     for tree, shared in zip(trees, branch_logps(model, trees), strict=True):
         for branch, logps in zip(tree.branches, shared, strict=True):
-            torch.testing.assert_close(logps, plain_logps(model, tree.prompt, branch), atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(logps, plain_logps(model, tree.prompt, branch), atol=1e-4, rtol=0)
         (group,) = sample(model, [tree.prompt], group_size=2, max_new_tokens=8, temperature=0, eos_ids=[])
         ids = torch.tensor([tree.prompt])
         greedy = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
