@@ -38,9 +38,8 @@ class SharedPromptRLOOTrainer(SharedPromptGRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         ids, mask = whole_rows(inputs)
         mask_BC, advantages_B = inputs["completion_mask"], inputs["advantages"]
-        logps_BC, entropies_BC, _ = self._get_per_token_logps_and_entropies(
-            model, ids, mask, mask_BC.shape[1], compute_entropy=True
-        )
+        scored: Any = self._get_per_token_logps_and_entropies(model, ids, mask, mask_BC.shape[1], compute_entropy=True)
+        logps_BC, entropies_BC = scored[:2]
         # After one update per rollout the old log-probabilities are these.
         old_BC = inputs.get("old_per_token_logps", logps_BC.detach())
         ratio_B = ((logps_BC - old_BC) * mask_BC).sum(1).exp()
