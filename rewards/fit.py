@@ -43,8 +43,9 @@ ALL = "all"  # the name under which every trait is fitted at once
 PROBES = {"train": 192, "validation": 48, "test": 160}
 HACKED = 2  # hacked replies per scenario, drawn from hacks.TRAINED
 
-RECIPE = Recipe(epochs=2.0, learning_rate=3e-4, batch_size=4, save_every=5)
-RECIPE_FROM = Recipe(epochs=1.0, learning_rate=1e-4, batch_size=4, save_every=5)  # after a fit on all traits
+# One prompt an update: a trait has about thirty, of some 700 tokens each with all their replies.
+RECIPE = Recipe(epochs=1.0, learning_rate=3e-4, batch_size=1, save_every=10)
+RECIPE_FROM = Recipe(epochs=1.0, learning_rate=1e-4, batch_size=1, save_every=10)  # after a fit on all traits
 
 
 def gather_parts(trait: str, own: Path | None, seed: int) -> dict[str, list[Preference]]:
