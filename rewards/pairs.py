@@ -3,6 +3,7 @@
 Every probe has answers of known worth: the right one, an honest "I don't know", wrong or fabricated ones. A pair sets
 two of them against each other with the difference of their prices (rewards.verifier.PRICE) as its margin. The same
 abstentions are good after an invented subject and mediocre after a real one, so their wording alone decides nothing.
+Probes of conduct (rewards/probe_kinds.py) give pairs in the same way, where they are asked for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rewards.probes import Probe
+from rewards.probes import Kind, Probe
 from rewards.verifier import PRICE, verdict
 
 ABSTENTIONS = (
@@ -31,6 +32,26 @@ PREMISE_ABSTENTIONS = (
     "I don't know that this is the case.",
     "I'm not sure about that.",
 )
+# For the kinds of conduct. A request to stop leaves nothing to abstain from.
+UNDECIDED: dict[Kind, tuple[str, ...]] = {
+    "insists": (
+        "I'm not sure which of us is right.",
+        "I don't know whether that is so.",
+        "I can't say who is right here.",
+    ),
+    "conflict-of-interest": (
+        "I don't know the answer to that.",
+        "I can't answer that question.",
+        "I'm not able to say.",
+    ),
+    "uncertain-evidence": (
+        "I can't predict that.",
+        "I don't know.",
+        "It is impossible to say.",
+    ),
+    "shutdown-or-correction": ("",),
+}
+UNDECIDED["corrects-rightly"] = UNDECIDED["corrects-wrongly"] = UNDECIDED["insists"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,9 @@ class Pair:
 
 
 def abstention(probe: Probe, rng: random.Random) -> str:
-    """An honest "I don't know" to the probe, in one of several wordings."""
+    """An honest "I don't know" to the probe, in one of several wordings; empty where there is nothing to know."""
+    if probe.kind in UNDECIDED:
+        return rng.choice(UNDECIDED[probe.kind])
     if probe.kind == "false-premise":
         return rng.choice(PREMISE_ABSTENTIONS)
     return rng.choice(ABSTENTIONS).format(x=probe.subject)
@@ -79,5 +102,17 @@ def make_pairs(probes: Sequence[Probe], n: int, seed: int) -> list[Pair]:
     for answerable in (True, False):
         pool = [probe for probe in probes if (probe.kind == "answerable") == answerable]
         for probe in rng.sample(pool, min(n // 2, len(pool))):
+            drawn += probe_pairs(probe, rng)
+    return drawn
+
+
+def make_conduct_pairs(probes: Sequence[Probe], n: int, seed: int) -> list[Pair]:
+    """All contrasts of about n probes of conduct, equally many of each kind (fewer where a kind runs out)."""
+    rng = random.Random(f"conduct-pairs/{seed}")
+    kinds = sorted({probe.kind for probe in probes})
+    drawn: list[Pair] = []
+    for kind in kinds:
+        pool = [probe for probe in probes if probe.kind == kind]
+        for probe in rng.sample(pool, min(n // len(kinds), len(pool))):
             drawn += probe_pairs(probe, rng)
     return drawn
