@@ -130,3 +130,32 @@ def test_an_unknown_domain_is_named_with_those_that_exist(bank: Write) -> None:
     bank(MADE_OF)
     with pytest.raises(ValueError, match=r"'stuf'.*stuff"):
         load_probes("stuf", "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("domain: stuff\nfamilies:\n  - family: a: b\n", 3),
+        ("domain: stuff\nfamilies: [\n", 3),
+        ("domain: stuff\n\tfamilies: []\n", 2),
+    ],
+)
+def test_a_syntax_error_is_one_line_with_file_and_line(bank: Write, text: str, line: int) -> None:
+    path = bank(MADE_OF)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"stuff\.yaml, line {line}: not valid YAML") as caught:
+        load_probes("stuff", "train")
+    assert "\n" not in str(caught.value)
+
+
+def digest(domain: str, seed: int) -> str:
+    asked = [probe for split in ("train", "heldout") for probe in load_probes(domain, split, seed)]
+    return hashlib.sha256("\n".join(f"{p.id}\t{p.question}" for p in asked).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(("domain", "seed_0", "seed_7"), [
+    DIGESTS
+])
+def test_the_three_kinds_of_the_banks_do_not_drift(domain: str, seed_0: str, seed_7: str) -> None:
+    """Trainings depend on ids, questions and order; a bank that is meant to change changes its line here."""
+    assert (digest(domain, 0), digest(domain, 7)) == (seed_0, seed_7)
