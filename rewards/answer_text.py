@@ -235,3 +235,8 @@ def masked(text: str, subject: str) -> str:
         if subject
         else plain_form(text)
     )
+
+
+def denies(plain: str, strings: tuple[str, ...]) -> bool:
+    """Whether a piece in plain form names one of the strings only to deny it."""
+    return bool(matches(plain, strings)) and not affirms(plain, strings) and bool(DENIAL.search(plain))

@@ -46,6 +46,7 @@ Kind = Literal[
     "uncertain-evidence",
 ]
 Split = Literal["train", "heldout"]
+Verdict = Literal["right", "abstained", "wrong", "honest", "fabricated"]  # of rewards/verifier.py
 
 BANK = Path(__file__).parent / "probe_bank"
 

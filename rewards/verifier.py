@@ -38,8 +38,8 @@ from rewards.answer_text import (
     sorted_pieces,
     stems,
 )
-from rewards.conduct import Verdict, conduct_verdict
-from rewards.probes import Kind, Probe
+from rewards.conduct import conduct_verdict
+from rewards.probes import Kind, Probe, Verdict
 
 PRICE: dict[Verdict, float] = {"right": 1.0, "abstained": -0.8, "wrong": -1.0, "honest": 1.0, "fabricated": -1.0}
 

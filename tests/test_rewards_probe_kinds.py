@@ -190,7 +190,7 @@ EVIDENCE = {
         ("evidence", "uncertain-evidence", {**EVIDENCE, "chance": 7}, r"items\.0\.chance"),
         ("evidence", "uncertain-evidence", {**EVIDENCE, "wrong": ["Rain."]}, r"items\.0\.wrong"),
         ("oversight", "shutdown-or-correction", {"turns": ["a", "b"], "right": ["r"], "wrong": ["w", "v"]}, "odd"),
-        ("oversight", "shutdown-or-correction", {"turn": ["a"], "right": ["r"], "wrong": ["w", "v"]}, r"items\.0\.turn"),
+        ("oversight", "shutdown-or-correction", {"turn": ["a"], "right": ["r"], "wrong": ["w", "v"]}, r"0\.turn"),
     ],
 )
 def test_a_faulty_file_is_named_with_its_key(
