@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -133,9 +133,13 @@ class _Bank(Strict):
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-@cache
 def read_bank(path: Path, model: type[ModelT]) -> ModelT:
     """A YAML file as a pydantic model. Raises ValueError with the file, and with the line or the key that is wrong."""
+    return cast(ModelT, _read(path, model))
+
+
+@cache
+def _read(path: Path, model: type[BaseModel]) -> BaseModel:
     try:
         return model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
