@@ -15,7 +15,7 @@ import yaml
 from rewards import probe_kinds
 from rewards.answer_text import contains, masked
 from rewards.probe_kinds import CONDUCT_KINDS, FACT_KINDS, KINDS, load_kind
-from rewards.probes import Kind, Probe, Split, domains, load_probes
+from rewards.probes import Kind, Probe, Split, bank_families, domains, load_probes
 from rewards.verifier import verdict
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -201,3 +201,11 @@ def test_a_faulty_file_is_named_with_its_key(
     monkeypatch.setattr(probe_kinds, "KINDS", tmp_path)
     with pytest.raises(ValueError, match=rf"(?s){file}\.yaml.*{problem}"):
         load_kind(kind, "health", "train")
+
+
+def test_the_families_that_are_used_and_the_subjects_left_out_exist() -> None:
+    for domain, chosen in frames()["exclusive"].items():
+        known = {family.family: {fact.x for fact in family.answerable} for family in bank_families(domain)}
+        for family, left_out in chosen.items():
+            assert set(left_out) <= known[family], (domain, family)
+            assert len(known[family]) > len(left_out)
