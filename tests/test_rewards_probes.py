@@ -130,3 +130,19 @@ def test_an_unknown_domain_is_named_with_those_that_exist(bank: Write) -> None:
     bank(MADE_OF)
     with pytest.raises(ValueError, match=r"'stuf'.*stuff"):
         load_probes("stuf", "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("domain: stuff\nfamilies:\n  - family: a: b\n", 3),
+        ("domain: stuff\nfamilies: [\n", 3),
+        ("domain: stuff\n\tfamilies: []\n", 2),
+    ],
+)
+def test_a_syntax_error_is_one_line_with_file_and_line(bank: Write, text: str, line: int) -> None:
+    path = bank(MADE_OF)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"stuff\.yaml, line {line}: not valid YAML") as caught:
+        load_probes("stuff", "train")
+    assert "\n" not in str(caught.value)

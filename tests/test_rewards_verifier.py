@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rewards.answer_text import contains
 from rewards.probes import Kind, Probe
 from rewards.verifier import (
     PRICE,
     Labelled,
     abstains,
-    contains,
     gold,
     load_labelled,
     measured_error,
