@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def find_hits(training: Sequence[Text], items: Sequence[Text], meaning: bool) ->
 
 def training_texts(experiment: Experiment) -> list[Text]:
     """Everything that the experiment can train on: probes, pairs, warm start, standard prompts, scenarios."""
-    from rewards.pairs import make_pairs
+    from rewards.pairs import probe_pairs
     from rewards.scenarios import load_scenarios
     from train.mix import standard_prompts
     from train.warm_start import warm_start_examples
@@ -85,7 +86,8 @@ def training_texts(experiment: Experiment) -> list[Text]:
         probes = [p for domain in reward.domains for p in load_probes(domain, "train", seed)]
         for probe in (*probes, *load_probes("everyday", "train", seed)):
             texts += _probe_texts(probe)
-        for pair in make_pairs(probes, reward.probes, seed):
+        rng = random.Random(f"pairs/{seed}")
+        for pair in (pair for probe in probes for pair in probe_pairs(probe, rng)):
             texts += [Text(f"pair {pair.probe.id}", text, False) for text in (pair.chosen, pair.rejected)]
         for k, example in enumerate(
             warm_start_examples(experiment.warm_start, reward.domains, experiment.standard.tasks, seed)
