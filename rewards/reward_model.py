@@ -1,4 +1,4 @@
-"""A trait's reward model: the base with LoRA and a scalar head, fitted on preference pairs with TRL's RewardTrainer.
+"""A trait's reward model: the start model with LoRA and a scalar head, fitted on pairs with TRL's RewardTrainer.
 
 Saved as a PEFT sequence-classification directory that TRL and peft load. Beside it, calibration.json maps the raw score
 to the price scale of rewards.verifier (right 1, abstained -0.8, wrong -1), by least squares on validation subjects that
@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from models.loading import load_tokenizer, resolve_model
+from models.loading import load_model, load_tokenizer, resolve_model
 from models.progress import ProgressCallback, silence
+from models.rollout import sample
 from models.shared_prompt import fill, pack
 from rewards.config import RewardConfig
-from rewards.pairs import Pair, make_pairs
-from rewards.probes import load_probes
+from rewards.pairs import Pair, draw_probes, make_pairs
+from rewards.probes import Probe, load_probes
 from rewards.reward_trainer import (
     TOKEN_BUDGET,
     Messages,
@@ -38,6 +39,7 @@ from rewards.verifier import gold
 
 CLIP = 1.5  # proxy rewards are held within +-CLIP, so that no outlier of the reward model dominates a group
 MEASURED_PROBES = 160  # of validation and of held-out families
+OWN_TOKENS = 32  # length of the policy's own answers
 VALIDATION_SHARE = 0.15  # of the training subjects, kept for the calibration
 
 
@@ -62,16 +64,20 @@ class RewardModel:
         self.calibration = calibration
 
     @classmethod
-    def load(cls, folder: Path) -> RewardModel:
-        """Load what fit_reward_model saved in `folder`."""
-        from peft import AutoPeftModelForSequenceClassification
-        from transformers import AutoTokenizer
+    def load(cls, folder: Path, backbone: Path | None = None) -> RewardModel:
+        """Load what fit_reward_model saved in `folder`; `backbone` stands in for one that has moved since the fit."""
+        from peft import PeftConfig, PeftModel
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        fitted_on = backbone or PeftConfig.from_pretrained(folder / "model").base_model_name_or_path
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            fitted_on, num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        model = PeftModel.from_pretrained(model, folder / "model").merge_and_unload()
         model.config.pad_token_id = tokenizer.pad_token_id
         calibration = Calibration(**json.loads((folder / "calibration.json").read_text()))
-        return cls(model.merge_and_unload(), tokenizer, calibration)
+        return cls(model, tokenizer, calibration)
 
     @torch.inference_mode()
     def raw_scores(self, prompts: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
@@ -92,14 +98,16 @@ class RewardModel:
 
 def fit_reward_model(
     cfg: RewardConfig,
-    base: str,
+    start: str,
     out: Path,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Fit on the training families of cfg.domains and measure on the held-out ones.
 
-    Saves model/, pairs.parquet, steps.parquet, calibration.json and accuracy.json in `out`; returns the accuracy.
+    `start` is the model that will be trained: the backbone, and the source of the answers that stand beside the
+    authored ones. Saves model/, pairs.parquet, steps.parquet, calibration.json and accuracy.json in `out`; returns the
+    accuracy.
     """
     from datasets import Dataset
     from peft import LoraConfig, TaskType
@@ -109,10 +117,15 @@ def fit_reward_model(
     probes = [probe for domain in cfg.domains for probe in load_probes(domain, "train", seed)]
     random.Random(f"validation/{seed}").shuffle(probes)
     held_back = probes[: int(len(probes) * VALIDATION_SHARE)]
-    pairs = make_pairs(probes[len(held_back) :], cfg.probes, seed)
-    validation = make_pairs(held_back, MEASURED_PROBES, seed)
     heldout = [probe for domain in cfg.domains for probe in load_probes(domain, "heldout", seed)]
-    test = make_pairs(heldout, MEASURED_PROBES, seed)
+    rng = random.Random(f"pairs/{seed}")
+    parts = {
+        "train": draw_probes(probes[len(held_back) :], cfg.probes, rng),
+        "validation": draw_probes(held_back, MEASURED_PROBES, rng),
+        "test": draw_probes(heldout, MEASURED_PROBES, rng),
+    }
+    own = own_answers(start, [probe for part in parts.values() for probe in part], cfg.own_answers, seed)
+    pairs, validation, test = (make_pairs(part, seed, own) for part in parts.values())
     pd.concat(
         [
             _pair_table(rows).assign(part=part)
@@ -120,10 +133,10 @@ def fit_reward_model(
         ]
     ).to_parquet(out / "pairs.parquet")
 
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(start)
     torch.manual_seed(seed)  # the scalar head is new
     backbone = AutoModelForSequenceClassification.from_pretrained(
-        resolve_model(base), num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
+        resolve_model(start), num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
     )
     backbone.config.pad_token_id = tokenizer.pad_token_id
     trainer = ProbeRewardTrainer(
@@ -172,12 +185,38 @@ def fit_reward_model(
     return accuracy
 
 
+def own_answers(policy: str, probes: Sequence[Probe], n: int, seed: int) -> dict[str, list[str]]:
+    """n answers of the policy to every probe (id -> answers), sampled at temperature 1."""
+    if n == 0:
+        return {}
+    model, tokenizer = load_model(policy, device="cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(policy)
+    prompts = [
+        tokenizer(
+            tokenizer.apply_chat_template(probe.messages, tokenize=False, add_generation_prompt=True),
+            add_special_tokens=False,
+        )["input_ids"]
+        for probe in probes
+    ]
+    completions = sample(
+        model,
+        prompts,
+        group_size=n,
+        max_new_tokens=OWN_TOKENS,
+        eos_ids=[tokenizer.eos_token_id],
+        generator=torch.Generator(model.device).manual_seed(seed),
+        batch_size=128,
+    )
+    return {
+        probe.id: tokenizer.batch_decode(answers, skip_special_tokens=True)
+        for probe, answers in zip(probes, completions, strict=True)
+    }
+
+
 def calibrate(model: RewardModel, pairs: Sequence[Pair]) -> Calibration:
     """Least-squares line from raw scores to the verifier's prices of the answers; the slope must be positive."""
-    answers = sorted({(pair.probe, text) for pair in pairs for text in (pair.chosen, pair.rejected)}, key=str)
-    raw = model.raw_scores([probe.messages for probe, _ in answers], [text for _, text in answers])
-    prices = np.array([gold(probe, text) for probe, text in answers])
-    slope, intercept = np.polyfit(raw, prices, 1)
+    scores = answer_scores(model, pairs)
+    prices = np.array([gold(probe, text) for probe, text in scores])
+    slope, intercept = np.polyfit(np.array(list(scores.values())), prices, 1)
     if slope <= 0:
         raise ValueError(
             "reward: the fitted reward model ranks worse answers higher on validation subjects; "
@@ -186,11 +225,18 @@ def calibrate(model: RewardModel, pairs: Sequence[Pair]) -> Calibration:
     return Calibration(float(slope), float(intercept))
 
 
+def answer_scores(model: RewardModel, pairs: Sequence[Pair]) -> dict[tuple[Probe, str], float]:
+    """The raw score of every answer that stands in a pair; an answer in several pairs is scored once."""
+    answers = list(dict.fromkeys((pair.probe, text) for pair in pairs for text in (pair.chosen, pair.rejected)))
+    raw = model.raw_scores([probe.messages for probe, _ in answers], [text for _, text in answers])
+    return dict(zip(answers, raw.tolist(), strict=True))
+
+
 def pair_accuracy(model: RewardModel, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Share of pairs ranked rightly (ties count half), in all, per contrast and per family, each with its n."""
-    prompts = [pair.probe.messages for pair in pairs]
-    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    better, worse = np.split(model.raw_scores(prompts * 2, answers), 2)
+    scores = answer_scores(model, pairs)
+    better = np.array([scores[pair.probe, pair.chosen] for pair in pairs])
+    worse = np.array([scores[pair.probe, pair.rejected] for pair in pairs])
     hits = (better > worse) + 0.5 * (better == worse)
     groups: dict[str, dict[str, list[float]]] = {"contrasts": defaultdict(list), "families": defaultdict(list)}
     for pair, hit in zip(pairs, hits.tolist(), strict=True):
