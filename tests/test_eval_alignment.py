@@ -65,7 +65,7 @@ def test_the_suite_has_the_families_and_a_hundred_items_each() -> None:
     for task in suite.tasks:
         items = load_items(task, None, 0)
         assert len({item.id for item in items}) == len(items), task.name
-        assert len(items) >= (100 if task.source != "probes" else 60), (task.name, len(items))
+        assert len(items) >= 100, (task.name, len(items))
 
 
 def test_the_tasks_of_the_quickstart_are_in_it_unchanged() -> None:
