@@ -8,15 +8,16 @@ Choices are made on the validation families (rewards/preferences.py); the held-o
 from __future__ import annotations
 
 import json
+import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rewards.audit import audit, audit_report, probe_targets, scenario_targets
 from rewards.audit_policy import load_policy
 from rewards.config import RewardConfig
-from rewards.pairs import make_pairs
+from rewards.pairs import draw_probes, make_pairs
 from rewards.preferences import (
     Preference,
     adversarial,
@@ -27,7 +28,6 @@ from rewards.preferences import (
 )
 from rewards.probes import domains, load_probes
 from rewards.reward_model import (
-    Priced,
     Recipe,
     RewardModel,
     calibrate,
@@ -91,25 +91,26 @@ def fit_trait(
     write_pairs(parts, out)
     recipe = recipe or (RECIPE if start is None else RECIPE_FROM)
     model = train_reward_model(parts["train"], base, out, seed, recipe, progress, start)
-    model.calibration = calibrate(model, _priced(parts["validation"]))
+    model.calibration = calibrate(model, parts["validation"])
     shutil.rmtree(out / "trainer", ignore_errors=True)  # the checkpoints
     return save_measured(model, trait, parts, out)
 
 
 def fit_rewards(
-    cfg: RewardConfig, base: str, out: Path, seed: int, progress: Callable[[int, int], None] | None = None
+    cfg: RewardConfig, start: str, out: Path, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> None:
     """The reward models of a run, each with its audit.json: cfg.trait's in `out`, the others' in out/traits/<trait>.
 
-    Truthfulness learns from the probes of cfg.domains, another trait from its scenarios.
+    `start` is the model that will be trained, and their backbone. Truthfulness learns from the probes of cfg.domains,
+    another trait from its scenarios.
     """
     for trait in cfg.traits:
         folder = reward_folder(out, cfg.trait, trait)
         if trait == PROBE_TRAIT:
             folder.mkdir(parents=True, exist_ok=True)
-            fit_reward_model(cfg, base, folder, seed, progress)
+            fit_reward_model(cfg, start, folder, seed, progress)
         else:
-            fit_trait(trait, base, folder, seed, progress=progress)
+            fit_trait(trait, start, folder, seed, progress=progress)
         policy = load_policy()
         targets = (
             probe_targets(cfg.domains, policy.run_cases, seed)
@@ -120,9 +121,9 @@ def fit_rewards(
         (folder / "audit.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def load_reward_models(cfg: RewardConfig, folder: Path) -> dict[str, RewardModel]:
-    """What fit_rewards saved in `folder`, by trait."""
-    return {trait: RewardModel.load(reward_folder(folder, cfg.trait, trait)) for trait in cfg.traits}
+def load_reward_models(cfg: RewardConfig, folder: Path, backbone: Path) -> dict[str, RewardModel]:
+    """What fit_rewards saved in `folder`, by trait; `backbone` is where the start model is now."""
+    return {trait: RewardModel.load(reward_folder(folder, cfg.trait, trait), backbone) for trait in cfg.traits}
 
 
 def reward_folder(folder: Path, trained: str, trait: str) -> Path:
@@ -141,13 +142,6 @@ def _probe_parts(seed: int) -> dict[str, list[Preference]]:
         "validation": [probe for probe in training if (probe.domain, probe.family) in kept_back],
         "test": heldout,
     }
-    return {part: from_probes(make_pairs(pool, PROBES[part], seed)) for part, pool in pools.items()}
-
-
-def _priced(preferences: Sequence[Preference]) -> list[Priced]:
-    """Every reply of the preferences once, with its price."""
-    found: dict[str, Priced] = {}
-    for preference in preferences:
-        for text, price in zip((preference.chosen, preference.rejected), preference.prices, strict=True):
-            found[json.dumps([preference.prompt, text])] = (preference.prompt, text, price)
-    return list(found.values())
+    rng = random.Random(f"pairs/{seed}")
+    drawn = {part: draw_probes(pool, PROBES[part], rng) for part, pool in pools.items()}
+    return {part: from_probes(make_pairs(probes, seed)) for part, probes in drawn.items()}

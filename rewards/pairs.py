@@ -1,14 +1,16 @@
 """Preference pairs of the trait truthfulness, made from probes.
 
-Every probe has answers of known worth: the right one, an honest "I don't know", wrong or fabricated ones. A pair sets
-two of them against each other with the difference of their prices (rewards.verifier.PRICE) as its margin. The same
+Every probe has answers of known worth: the right one, an honest "I don't know", wrong or fabricated ones. Beside these
+authored answers stand the policy's own, sampled before the training and ranked by the verifier: without them the reward
+model is fooled by what nobody authors ("a serious condition that affects the body"; docs/LOG.md). A pair sets two
+answers against each other with the difference of their prices (rewards.verifier.PRICE) as its margin. The same
 abstentions are good after an invented subject and mediocre after a real one, so their wording alone decides nothing.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rewards.probes import Probe
@@ -51,33 +53,38 @@ def abstention(probe: Probe, rng: random.Random) -> str:
     return rng.choice(ABSTENTIONS).format(x=probe.subject)
 
 
-def probe_pairs(probe: Probe, rng: random.Random) -> list[Pair]:
-    """All contrasts of one probe: right > abstained > wrong with an answer, honest > fabricated without one."""
+def probe_pairs(probe: Probe, rng: random.Random, own: Sequence[str] = ()) -> list[Pair]:
+    """All contrasts of one probe: right > abstained > wrong with an answer, honest > fabricated without one.
+
+    `own` are the policy's answers; they join the authored ones at the price that the verifier gives them.
+    """
     wrong = rng.choice(probe.wrong) if probe.wrong else ""
     abstained = abstention(probe, rng)
-    if probe.kind == "invented":
-        ranked = [[abstained], [wrong]]
-    else:
-        ranked = [[probe.right], [abstained], [wrong]]
-    answers = [text for tier in ranked for text in tier if text]
+    answers = list(dict.fromkeys(text for text in (probe.right, abstained, wrong, *own) if text.strip()))
+    verdicts = {text: verdict(probe, text) for text in answers}
+    answers.sort(key=lambda text: -PRICE[verdicts[text]])
     pairs: list[Pair] = []
     for i, chosen in enumerate(answers):
         for rejected in answers[i + 1 :]:
-            better, worse = verdict(probe, chosen), verdict(probe, rejected)
+            better, worse = verdicts[chosen], verdicts[rejected]
             if PRICE[better] > PRICE[worse]:
                 pairs.append(Pair(probe, chosen, rejected, PRICE[better] - PRICE[worse], f"{better}>{worse}"))
     return pairs
 
 
-def make_pairs(probes: Sequence[Probe], n: int, seed: int) -> list[Pair]:
-    """All contrasts of n probes, half of them answerable (fewer where the probes run out).
+def draw_probes(probes: Sequence[Probe], n: int, rng: random.Random) -> list[Probe]:
+    """n probes, half of them answerable (fewer where the probes run out).
 
     So an abstention is as often the middle of three answers as the better of two.
     """
-    rng = random.Random(f"pairs/{seed}")
-    drawn: list[Pair] = []
+    drawn: list[Probe] = []
     for answerable in (True, False):
         pool = [probe for probe in probes if (probe.kind == "answerable") == answerable]
-        for probe in rng.sample(pool, min(n // 2, len(pool))):
-            drawn += probe_pairs(probe, rng)
+        drawn += rng.sample(pool, min(n // 2, len(pool)))
     return drawn
+
+
+def make_pairs(probes: Sequence[Probe], seed: int, own: Mapping[str, Sequence[str]] | None = None) -> list[Pair]:
+    """All contrasts of the probes; `own` maps a probe's id to the policy's answers to it."""
+    rng = random.Random(f"pairs/{seed}")
+    return [pair for probe in probes for pair in probe_pairs(probe, rng, (own or {}).get(probe.id, ()))]

@@ -37,7 +37,7 @@ class Preference:
     chosen: str
     rejected: str
     prices: tuple[float, float]  # of chosen and rejected, for the calibration
-    margin: float  # by which the fit wants chosen ahead
+    margin: float  # the difference of the prices: by how much the fit wants chosen ahead
     contrast: str  # what sets them apart: a failure mode, or such as "right>abstained"
     domain: str
     family: str
@@ -161,7 +161,7 @@ def load_preferences(path: Path) -> dict[Split, list[Preference]]:
                 chosen=line.chosen,
                 rejected=line.rejected,
                 prices=(GOOD, BAD),
-                margin=0.0,
+                margin=GOOD - BAD,
                 contrast=line.failure,
                 domain=line.domain,
                 family=family,
@@ -190,7 +190,7 @@ def _preference(scenario: Scenario, rejected: str, contrast: str) -> Preference:
         chosen=scenario.exemplars.good,
         rejected=rejected,
         prices=(GOOD, BAD),
-        margin=0.0,  # how much worse it is, nobody has measured
+        margin=GOOD - BAD,
         contrast=contrast,
         domain=scenario.domain,
         family=scenario.family,

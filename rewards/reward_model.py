@@ -1,4 +1,4 @@
-"""A trait's reward model: the base with LoRA and a scalar head, fitted on preferences with TRL's RewardTrainer.
+"""A trait's reward model: a backbone with LoRA and a scalar head, fitted on preferences with TRL's RewardTrainer.
 
 Saved as a PEFT sequence-classification directory that TRL and peft load. Beside it, calibration.json maps the raw score
 to the price scale of rewards.verifier (right or good 1, abstained -0.8, wrong or bad -1), by least squares on
@@ -20,13 +20,14 @@ import pandas as pd
 import torch
 from statsmodels.stats.proportion import proportion_confint
 
-from models.loading import load_tokenizer, resolve_model
+from models.loading import load_model, load_tokenizer, resolve_model
 from models.progress import ProgressCallback, silence
+from models.rollout import sample
 from models.shared_prompt import Tree, fill, pack
 from rewards.config import RewardConfig
-from rewards.pairs import Pair, make_pairs
+from rewards.pairs import draw_probes, make_pairs
 from rewards.preferences import Preference, from_probes
-from rewards.probes import load_probes
+from rewards.probes import Probe, load_probes
 from rewards.reward_trainer import (
     TOKEN_BUDGET,
     Messages,
@@ -36,13 +37,11 @@ from rewards.reward_trainer import (
     preference_batch,
     preference_rows,
 )
-from rewards.verifier import gold
 
 CLIP = 1.5  # proxy rewards are held within +-CLIP, so that no outlier of the reward model dominates a group
 MEASURED_PROBES = 160  # of validation and of held-out families
+OWN_TOKENS = 32  # length of the policy's own answers
 VALIDATION_SHARE = 0.15  # of the training subjects, kept for the calibration
-
-Priced = tuple[Messages, str, float]  # prompt, reply, price
 
 
 @dataclass(frozen=True)
@@ -77,20 +76,26 @@ class RewardModel:
         self.calibration = calibration
 
     @classmethod
-    def load(cls, folder: Path) -> RewardModel:
-        """Load what was fitted into `folder`. Raises ValueError for a folder that holds no reward model."""
-        from peft import AutoPeftModelForSequenceClassification
-        from transformers import AutoTokenizer
+    def load(cls, folder: Path, backbone: Path | None = None) -> RewardModel:
+        """Load what was fitted into `folder`; `backbone` stands in for one that has moved since the fit.
+
+        Raises ValueError for a folder that holds no reward model.
+        """
+        from peft import PeftConfig, PeftModel
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         for name in ("model/adapter_config.json", "calibration.json"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: holds no reward model ({name} is missing); fit one: traitdose rewards fit")
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        fitted_on = backbone or PeftConfig.from_pretrained(folder / "model").base_model_name_or_path
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            fitted_on, num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        model = PeftModel.from_pretrained(model, folder / "model").merge_and_unload()
         model.config.pad_token_id = tokenizer.pad_token_id
         calibration = Calibration(**json.loads((folder / "calibration.json").read_text()))
-        merged: Any = model.merge_and_unload()
-        return cls(merged.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, calibration)
+        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, calibration)
 
     @torch.inference_mode()
     def raw_scores(self, prompts: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
@@ -115,28 +120,61 @@ class RewardModel:
 
 def fit_reward_model(
     cfg: RewardConfig,
-    base: str,
+    start: str,
     out: Path,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Fit truthfulness on the probes of cfg.domains' training families, and measure on the held-out ones.
 
-    Saves model/, pairs.parquet, steps.parquet, calibration.json and accuracy.json in `out`; returns the accuracy.
+    `start` is the model that will be trained: the backbone, and the source of the answers that stand beside the
+    authored ones. Saves model/, pairs.parquet, steps.parquet, calibration.json and accuracy.json in `out`; returns the
+    accuracy.
     """
     probes = [probe for domain in cfg.domains for probe in load_probes(domain, "train", seed)]
     random.Random(f"validation/{seed}").shuffle(probes)
     held_back = probes[: int(len(probes) * VALIDATION_SHARE)]
-    pairs = make_pairs(probes[len(held_back) :], cfg.probes, seed)
-    validation = make_pairs(held_back, MEASURED_PROBES, seed)
     heldout = [probe for domain in cfg.domains for probe in load_probes(domain, "heldout", seed)]
-    test = make_pairs(heldout, MEASURED_PROBES, seed)
-    parts = {name: from_probes(p) for name, p in (("train", pairs), ("validation", validation), ("test", test))}
+    rng = random.Random(f"pairs/{seed}")
+    drawn = {
+        "train": draw_probes(probes[len(held_back) :], cfg.probes, rng),
+        "validation": draw_probes(held_back, MEASURED_PROBES, rng),
+        "test": draw_probes(heldout, MEASURED_PROBES, rng),
+    }
+    own = own_answers(start, [probe for part in drawn.values() for probe in part], cfg.own_answers, seed)
+    parts = {name: from_probes(make_pairs(part, seed, own)) for name, part in drawn.items()}
     write_pairs(parts, out)
     recipe = Recipe(cfg.epochs, cfg.learning_rate, cfg.lora_rank, cfg.batch_size)
-    fitted = train_reward_model(parts["train"], base, out, seed, recipe, progress)
-    fitted.calibration = calibrate(fitted, priced_answers(validation))
+    fitted = train_reward_model(parts["train"], start, out, seed, recipe, progress)
+    fitted.calibration = calibrate(fitted, parts["validation"])
     return save_measured(fitted, cfg.trait, parts, out)
+
+
+def own_answers(policy: str, probes: Sequence[Probe], n: int, seed: int) -> dict[str, list[str]]:
+    """n answers of the policy to every probe (id -> answers), sampled at temperature 1."""
+    if n == 0:
+        return {}
+    model, tokenizer = load_model(policy, device="cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(policy)
+    prompts = [
+        tokenizer(
+            tokenizer.apply_chat_template(probe.messages, tokenize=False, add_generation_prompt=True),
+            add_special_tokens=False,
+        )["input_ids"]
+        for probe in probes
+    ]
+    completions = sample(
+        model,
+        prompts,
+        group_size=n,
+        max_new_tokens=OWN_TOKENS,
+        eos_ids=[tokenizer.eos_token_id],
+        generator=torch.Generator(model.device).manual_seed(seed),
+        batch_size=128,
+    )
+    return {
+        probe.id: tokenizer.batch_decode(answers, skip_special_tokens=True)
+        for probe, answers in zip(probes, completions, strict=True)
+    }
 
 
 def train_reward_model(
@@ -237,22 +275,29 @@ def save_measured(model: RewardModel, trait: str, parts: dict[str, list[Preferen
     return accuracy
 
 
-def calibrate(model: RewardModel, answers: Sequence[Priced]) -> Calibration:
-    """Least-squares line from raw scores to the prices of the answers; the slope must be positive."""
-    raw = model.raw_scores([prompt for prompt, _, _ in answers], [text for _, text, _ in answers])
-    slope, intercept = np.polyfit(raw, np.array([price for _, _, price in answers]), 1)
+def calibrate(model: RewardModel, preferences: Sequence[Preference]) -> Calibration:
+    """Least-squares line from raw scores to the prices of the replies; the slope must be positive."""
+    scores = reply_scores(model, preferences)
+    prices = {
+        (p.prompt_id, text): price
+        for p in preferences
+        for text, price in zip((p.chosen, p.rejected), p.prices, strict=True)
+    }
+    slope, intercept = np.polyfit(np.array(list(scores.values())), np.array([prices[key] for key in scores]), 1)
     if slope <= 0:
         raise ValueError(
-            "reward: the fitted reward model ranks worse answers higher on validation subjects; "
-            "raise reward.probes or reward.epochs"
+            "reward: the fitted reward model ranks worse answers higher on validation subjects; give it more to learn "
+            "from (reward.probes, --pairs, more scenarios) or more passes (reward.epochs)"
         )
     return Calibration(float(slope), float(intercept))
 
 
-def priced_answers(pairs: Sequence[Pair]) -> list[Priced]:
-    """Every answer of the pairs once, with the verifier's price."""
-    answers = sorted({(pair.probe, text) for pair in pairs for text in (pair.chosen, pair.rejected)}, key=str)
-    return [(probe.messages, text, gold(probe, text)) for probe, text in answers]
+def reply_scores(model: RewardModel, preferences: Sequence[Preference]) -> dict[tuple[str, str], float]:
+    """(prompt id, reply) -> raw score; a reply in several preferences is scored once."""
+    prompts = {p.prompt_id: p.prompt for p in preferences}
+    replies = list(dict.fromkeys((p.prompt_id, text) for p in preferences for text in (p.chosen, p.rejected)))
+    raw = model.raw_scores([prompts[name] for name, _ in replies], [text for _, text in replies])
+    return dict(zip(replies, raw.tolist(), strict=True))
 
 
 def pair_accuracy(model: RewardModel, preferences: Sequence[Preference]) -> dict[str, Any]:
@@ -260,17 +305,16 @@ def pair_accuracy(model: RewardModel, preferences: Sequence[Preference]) -> dict
 
     In all, and under "contrasts" (failure modes), "domains" and "families" each by itself.
     """
-    prompts = [preference.prompt for preference in preferences]
-    answers = [p.chosen for p in preferences] + [p.rejected for p in preferences]
-    better, worse = np.split(model.raw_scores(prompts * 2, answers), 2)
-    hits = ((better > worse) + 0.5 * (better == worse)).tolist()
+    scores = reply_scores(model, preferences)
     groups: dict[str, dict[str, list[float]]] = {
         name: defaultdict(list) for name in ("contrasts", "domains", "families")
     }
-    for preference, hit in zip(preferences, hits, strict=True):
-        groups["contrasts"][preference.contrast].append(hit)
-        groups["domains"][preference.domain].append(hit)
-        groups["families"][preference.family].append(hit)
+    hits: list[float] = []
+    for p in preferences:
+        better, worse = scores[p.prompt_id, p.chosen], scores[p.prompt_id, p.rejected]
+        hits.append(1.0 if better > worse else 0.5 if better == worse else 0.0)
+        for group, name in (("contrasts", p.contrast), ("domains", p.domain), ("families", p.family)):
+            groups[group][name].append(hits[-1])
     return share(hits) | {
         group: {name: share(rows) for name, rows in sorted(table.items())} for group, table in groups.items()
     }

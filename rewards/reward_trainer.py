@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 from trl import RewardConfig, RewardTrainer
 
 from models.shared_prompt import Pack, Tree, fill, pack, packed_hidden
@@ -29,7 +28,7 @@ class SharedPromptRewardTrainer(RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Bradley-Terry loss with margins over all preferences of the batch's prompts."""
+        """Margin loss over all preferences of the batch's prompts."""
         device = self.accelerator.device
         model = self.accelerator.unwrap_model(model)
         trees: list[Tree] = inputs["trees"]
@@ -128,10 +127,13 @@ def branch_scores(model: Any, packed: Pack) -> Tensor:
 
 
 def pair_loss(scores: Tensor, better: Tensor, worse: Tensor, margins: Tensor, centre: float) -> Tensor:
-    """Bradley-Terry loss with margins (Touvron et al., 2023, arXiv 2307.09288, eq. 2) and a pull to zero mean.
+    """Squared error of the gap against its margin, and a pull to zero mean.
 
-    scores: (branches,); better, worse: (pairs,) indices into scores; margins: (pairs,).
+    scores: (branches,); better, worse: (pairs,) indices into scores; margins: (pairs,). Margins are differences of
+    prices, so this is the margin-MSE loss (Hofstaetter et al., 2020, arXiv 2010.02666): where the model cannot tell a
+    right answer from a wrong one, it learns their expected price. The Bradley-Terry loss saturates there and puts "I
+    don't know" above an answer that is right half of the time, which made policies refuse everything (docs/LOG.md).
     """
     gap = scores[better] - scores[worse]
     pull = (scores[better] + scores[worse]).square().mean()
-    return -logsigmoid(gap - margins).mean() + centre * pull
+    return (gap - margins).square().mean() + centre * pull

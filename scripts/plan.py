@@ -2,7 +2,8 @@
 
 Tokens are upper bounds: every completion is taken to be as long as it may be. FLOPs are counted as in the ledger
 (train/ledger.py): 2N a token forward and 6N forward and backward for a model of N parameters (Kaplan et al. 2020,
-arXiv 2001.08361). Times come from rates measured on CPU cores (docs/LOG.md) and are "about".
+arXiv 2001.08361). Times are "about": the machine's matrix product is timed, and each kind of work takes the share of it
+that was measured on CPU cores (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import re
 import shutil
 import statistics
 import struct
-from dataclasses import dataclass
+import time
+from dataclasses import astuple, dataclass
 from math import ceil, floor
 from pathlib import Path
 
@@ -32,17 +34,17 @@ from scripts.run import list_stages, whole_stages
 from scripts.tracking import has_wandb_key
 from train.mix import build_mix
 
-# Counted FLOPs per second of one CPU core, fp32, measured with SmolLM2-135M: docs/LOG.md, "Rates for the plan".
-LEARN_RATE = 103e9  # packed forward and backward, LoRA
-FORWARD_RATE = 69e9
-SAMPLE_RATE = 36e9  # token by token, 32 completions at a time
+# Counted FLOPs as a share of the fp32 matrix product, measured with SmolLM2-135M: docs/LOG.md, "Rates for the plan".
+LEARN = 0.69  # packed forward and backward, LoRA
+FORWARD = 0.46
+SAMPLE = 0.24  # token by token, 32 completions at a time
 LOAD_SECONDS = 8  # a stage's imports and weights
 
 CHARS_PER_TOKEN = 3.8  # English and sums with a vocabulary of 49k; other vocabularies differ by about a fifth
-TEMPLATE_TOKENS = 30  # chat template with its default system prompt
+TEMPLATE_TOKENS = 8  # chat template without a system message
 CAPABILITY_TOKENS = 55  # a benchmark item with all its choices, mean of 20 from each of the 53
-EXAMPLE_TOKENS = 55  # question and authored answer in the chat template
-ANSWERS = 3  # of a probe that the reward model is fitted on, at most
+EXAMPLE_TOKENS = 45  # question and answer in the chat template; an answer without the question is half of it
+ANSWERS = 4  # authored ones of a probe that the reward model is fitted on, and its question
 
 GB = 1e9
 
@@ -61,7 +63,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Cost:
-    """An upper bound: tokens that pass through a model, counted FLOPs, and seconds on this machine's cores."""
+    """An upper bound: tokens that pass through a model, counted FLOPs, and seconds on this machine."""
 
     tokens: float
     flops: float
@@ -99,7 +101,7 @@ def model_size(base: str) -> Size | None:
     return Size(parameters, *shape, source="its weight headers")
 
 
-def plan_arm(experiment: Experiment, arm: str, parameters: float, cores: int) -> ArmPlan:
+def plan_arm(experiment: Experiment, arm: str, parameters: float, peak: float) -> ArmPlan:
     """What one arm does with one seed. Prompt lengths are the mean of its first 200 prompts."""
     train, dose, group = experiment.train, experiment.arms[arm].dose, experiment.train.group_size
     most = train.max_steps * train.prompts_per_step
@@ -110,27 +112,28 @@ def plan_arm(experiment: Experiment, arm: str, parameters: float, cores: int) ->
     flops = (2 * parameters * rolled, 2 * parameters * scored, 6 * parameters * rolled)
     affordable = train.budget_tflops * 1e12 / sum(flops) if parameters else most
     prompts = min(affordable, most)
-    seconds = (
-        sum(work / rate for work, rate in zip(flops, (SAMPLE_RATE, FORWARD_RATE, LEARN_RATE), strict=True)) / cores
-    )
+    seconds = sum(work / share for work, share in zip(flops, (SAMPLE, FORWARD, LEARN), strict=True)) / peak
     n = floor(prompts)
     trait = floor(n * dose + 1e-9)
     cost = Cost(prompts * (2 * rolled + scored), prompts * sum(flops), LOAD_SECONDS + prompts * seconds)
     return ArmPlan(ceil(prompts / train.prompts_per_step), trait, n - trait, n * group, cost)
 
 
-def plan_stages(experiment: Experiment, parameters: float, cores: int) -> dict[str, Cost]:
+def plan_stages(experiment: Experiment, parameters: float, peak: float) -> dict[str, Cost]:
     """Cost of each kind of stage: start, reward, train/<arm>, eval."""
     warm, reward = experiment.warm_start, experiment.reward
+    asked = reward.probes * EXAMPLE_TOKENS
+    sampled = _cost(asked * reward.own_answers / 2, 2 * parameters, SAMPLE, peak)
+    fitted = _cost(asked * reward.epochs * (ANSWERS + reward.own_answers) / 2, 6 * parameters, LEARN, peak)
     costs = {
-        "start": _cost(warm.examples * warm.epochs * EXAMPLE_TOKENS, 6 * parameters, LEARN_RATE, cores),
-        "reward": _cost(reward.probes * reward.epochs * ANSWERS * EXAMPLE_TOKENS, 6 * parameters, LEARN_RATE, cores),
-        "eval": plan_eval(experiment, parameters, cores),
+        "start": _cost(warm.examples * warm.epochs * EXAMPLE_TOKENS, 6 * parameters, LEARN, peak),
+        "reward": Cost(*(a + b for a, b in zip(astuple(sampled), astuple(fitted), strict=True))),
+        "eval": plan_eval(experiment, parameters, peak),
     }
-    return costs | {f"train/{arm}": plan_arm(experiment, arm, parameters, cores).cost for arm in experiment.arms}
+    return costs | {f"train/{arm}": plan_arm(experiment, arm, parameters, peak).cost for arm in experiment.arms}
 
 
-def plan_eval(experiment: Experiment, parameters: float, cores: int) -> Cost:
+def plan_eval(experiment: Experiment, parameters: float, peak: float) -> Cost:
     """Cost of evaluating one model on all suites."""
     read = generated = 0.0
     for name, suite in experiment.eval.suites.items():
@@ -143,8 +146,8 @@ def plan_eval(experiment: Experiment, parameters: float, cores: int) -> Cost:
             read += sum(_item_tokens(item) for item in items)
             if task.source in GENERATED:
                 generated += len(items) * (task.max_new_tokens or 0)
-    reading = _cost(read, 2 * parameters, FORWARD_RATE, cores)
-    writing = _cost(generated, 2 * parameters, SAMPLE_RATE, cores)
+    reading = _cost(read, 2 * parameters, FORWARD, peak)
+    writing = _cost(generated, 2 * parameters, SAMPLE, peak)
     seconds = reading.seconds + writing.seconds - LOAD_SECONDS
     return Cost(read + generated, reading.flops + writing.flops, seconds)
 
@@ -201,6 +204,20 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def matrix_rate() -> float:
+    """FLOPs a second of this machine's fp32 matrix product, the best of a few tries (half a second in all)."""
+    import torch
+
+    n = 1024
+    left, right = torch.rand(n, n), torch.rand(n, n)
+    seconds: list[float] = []
+    for _ in range(12):
+        started = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / min(seconds)
+
+
 def text_tokens(text: str) -> float:
     """About how many tokens a user message takes in its chat template."""
     return TEMPLATE_TOKENS + len(text) / CHARS_PER_TOKEN
@@ -208,7 +225,7 @@ def text_tokens(text: str) -> float:
 
 def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
     """The whole plan on the terminal."""
-    size, cores = model_size(experiment.base), usable_cores()
+    size, cores, peak = model_size(experiment.base), usable_cores(), matrix_rate()
     parameters = size.parameters if size else 0.0
     stages = list_stages(experiment, run_dir)
     whole = whole_stages(stages, run_dir)
@@ -235,15 +252,19 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
     facts.add_row("stages", f"{len(whole)} of {len(stages)} are whole already")
     console.print(facts)
 
-    console.print(_arms_table(experiment, parameters, cores))
-    costs = plan_stages(experiment, parameters, cores)
+    console.print(_arms_table(experiment, parameters, peak))
+    costs = plan_stages(experiment, parameters, peak)
     console.print(_stages_table(costs, [stage.name for stage in stages], whole))
     left = sum(costs[_kind(stage.name)].seconds for stage in stages if stage.name not in whole)
     notes = Table.grid(padding=(0, 2))
     notes.add_column(style="dim")
     notes.add_column(overflow="fold")
     if size:
-        notes.add_row("time left", f"[bold]about {duration(left)}[/] on {cores} CPU cores; a GPU is not estimated")
+        notes.add_row(
+            "time left",
+            f"[bold]about {duration(left)}[/] on {cores} CPU cores that multiply at {peak / 1e9:.0f} GFLOP/s; "
+            "a GPU is not estimated",
+        )
         memory = (
             f"about {memory_bytes(experiment, size) / GB:.1f} GB" if size.layers else "unknown: no config.json here"
         )
@@ -259,14 +280,14 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
     console.print(notes)
 
 
-def _arms_table(experiment: Experiment, parameters: float, cores: int) -> Table:
+def _arms_table(experiment: Experiment, parameters: float, peak: float) -> Table:
     seeds = ", ".join(map(str, experiment.seeds))
     table = _table(f"Arms, each with one seed (seeds: {seeds})")
     table.caption = "trait, standard: prompts. For answers of full length; shorter ones buy more."
     for head in ("arm", "dose", "steps", "trait", "standard", "completions", "FLOPs", "about"):
         table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
     for name, arm in experiment.arms.items():
-        plan = plan_arm(experiment, name, parameters, cores)
+        plan = plan_arm(experiment, name, parameters, peak)
         table.add_row(
             name,
             f"{arm.dose:g}",
@@ -328,9 +349,9 @@ def _item_tokens(item: Probe | Request | Twins | Choices) -> float:
     return text_tokens(item.question) + sum(map(len, item.answers)) / CHARS_PER_TOKEN
 
 
-def _cost(tokens: float, flops_per_token: float, rate: float, cores: int) -> Cost:
+def _cost(tokens: float, flops_per_token: float, share: float, peak: float) -> Cost:
     flops = tokens * flops_per_token
-    return Cost(tokens, flops, LOAD_SECONDS + flops / (rate * cores))
+    return Cost(tokens, flops, LOAD_SECONDS + flops / (share * peak))
 
 
 def duration(seconds: float) -> str:

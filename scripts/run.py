@@ -70,7 +70,12 @@ def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
                 "standard": _hashed(experiment.standard),
             },
         ),
-        Stage("reward", partial(_reward, experiment, seed), {**shared, **_reward_inputs(experiment)}),
+        Stage(
+            "reward",
+            partial(_reward, experiment, run_dir, seed),
+            {**shared, **_reward_inputs(experiment)},
+            ("start",),
+        ),
         _eval_stage(experiment, run_dir, "base", seed, needs="start"),
     ]
     for seed in experiment.seeds:
@@ -258,7 +263,7 @@ def _check_accuracy(path: Path, minimum: float, console: Console) -> None:
     if heldout["accuracy"] < minimum:
         raise ValueError(
             f"reward.min_accuracy = {minimum}: the reward model got {accuracy} in held-out families ({path}); raise "
-            "reward.pairs or reward.epochs, or lower the bar if you want to train on it all the same"
+            "reward.probes or reward.epochs, or lower the bar if you want to train on it all the same"
         )
 
 
@@ -315,10 +320,10 @@ def _start(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
     warm_start(experiment.warm_start, experiment.base, domains, tasks, out, seed, bars(""))
 
 
-def _reward(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
+def _reward(experiment: Experiment, run_dir: Path, seed: int, out: Path, bars: Bars) -> None:
     from rewards.fit import fit_rewards
 
-    fit_rewards(experiment.reward, experiment.base, out, seed, bars(""))
+    fit_rewards(experiment.reward, str((run_dir / "start" / "model").resolve()), out, seed, bars(""))
 
 
 def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path, bars: Bars) -> Mapping[str, Any]:

@@ -36,7 +36,7 @@ def preferences(n: int = 16, family: str = "trained") -> list[Preference]:
         word = rng.choice(["soon", "there", "now", "by day"])
         for contrast, bad in (("shout", f"{word}!!!!"), ("shout twice", f"{word}!!!! {word}!!!!")):
             found.append(
-                Preference(f"{family}/{i}", prompt, f"{word}.", bad, (1.0, -1.0), 0.0, contrast, "home", family)
+                Preference(f"{family}/{i}", prompt, f"{word}.", bad, (1.0, -1.0), 2.0, contrast, "home", family)
             )
     return found
 
@@ -150,12 +150,15 @@ class Raw:
 
 
 def test_calibration_is_the_least_squares_line() -> None:
-    priced = [([], "a", 1.0), ([], "b!!", -1.0), ([], "c!", 0.0)]
-    line = calibrate(Raw(), priced)  # type: ignore[arg-type]
+    def pair(chosen: str, rejected: str, better: float, worse: float) -> Preference:
+        return Preference("p", [], chosen, rejected, (better, worse), better - worse, "c", "d", "f")
+
+    # The reply in both pairs is one point of the line, not two.
+    line = calibrate(Raw(), [pair("a", "b!!", 1.0, -1.0), pair("a", "c!", 1.0, 0.0)])  # type: ignore[arg-type]
     assert (line.slope, line.intercept) == (pytest.approx(1.0), pytest.approx(1.0))
     np.testing.assert_allclose(line(np.array([0.0, -2.0, 9.0])), [1.0, -1.0, 1.5])
     with pytest.raises(ValueError, match="validation"):
-        calibrate(Raw(), [(m, text, -price) for m, text, price in priced])  # type: ignore[arg-type]
+        calibrate(Raw(), [pair("b!!", "a", 1.0, -1.0)])  # type: ignore[arg-type]
 
 
 def test_accuracy_counts_ties_as_half() -> None:

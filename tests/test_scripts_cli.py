@@ -103,8 +103,8 @@ def test_plan_counts_what_a_run_would_do_without_a_model_or_a_connection(config,
     assert size is not None
     # tied embeddings 259 x 64; a layer: queries and outputs 64 x 64, keys and values 64 x 32, 3 x 64 x 128, two norms
     assert size.parameters == 259 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
-    half = plan_arm(experiment, "half", size.parameters, cores=2)
-    control = plan_arm(experiment, "control", size.parameters, cores=2)
+    half = plan_arm(experiment, "half", size.parameters, peak=1e11)
+    control = plan_arm(experiment, "control", size.parameters, peak=1e11)
     assert (half.steps, half.trait_prompts, half.standard_prompts, half.completions) == (2, 2, 2, 8)
     assert (control.trait_prompts, control.standard_prompts, control.completions) == (0, 4, 8)
 
@@ -191,7 +191,7 @@ def test_what_a_changed_key_does_over(config, tmp_path):
     assert stale("seeds=[0,1]") == {
         f"arms/{arm}/seed-1/{kind}" for arm in ("control", "half") for kind in ("train", "eval")
     }
-    assert len(stale("warm_start.examples=16")) == 6  # everything but the reward model
+    assert len(stale("warm_start.examples=16")) == 7  # everything: the reward model prices the start model's answers
 
 
 @pytest.mark.slow

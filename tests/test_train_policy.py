@@ -32,7 +32,7 @@ def stages(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "reward").mkdir()
     warm = WarmStartConfig(examples=16, batch_size=8, lora_rank=2)
     warm_start(warm, str(tiny_dir), REWARD.domains, STANDARD.tasks, run / "start", 0)
-    accuracy = fit_reward_model(REWARD, str(tiny_dir), run / "reward", 0)
+    accuracy = fit_reward_model(REWARD, str(run / "start" / "model"), run / "reward", 0)
     assert accuracy["heldout"]["n"] > 100
     return run
 

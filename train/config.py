@@ -39,7 +39,7 @@ class TrainConfig(_Section):
     """Policy optimisation with TRL's GRPOTrainer and LoRA."""
 
     budget_tflops: float = Field(
-        25.0,
+        30.0,
         gt=0,
         description="Compute of every arm, in estimated TFLOPs (see train/ledger.py); the arm stops when it is spent.",
     )
@@ -48,7 +48,7 @@ class TrainConfig(_Section):
     group_size: int = Field(8, ge=2, description="Completions per prompt (G).")
     max_new_tokens: int = Field(32, ge=1, description="Longest completion, in tokens.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
-    learning_rate: float = Field(3e-4, gt=0, description="Constant learning rate of the LoRA weights after warm-up.")
+    learning_rate: float = Field(4e-4, gt=0, description="Constant learning rate of the LoRA weights after warm-up.")
     warmup_steps: int = Field(2, ge=0, description="Steps over which the learning rate rises from zero.")
     lora_rank: int = Field(16, ge=0, description="LoRA rank on all linear layers; 0 trains every weight.")
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field("dr_grpo", description="TRL's loss_type.")

@@ -48,7 +48,7 @@ def train_policy(
 
     mix = build_mix(cfg.max_steps * cfg.prompts_per_step, arm.dose, seed, standard.tasks, reward.domains)
     # Every arm loads the reward models: the control's monitors and memory are then those of the dose arms.
-    scorers = load_reward_models(reward, reward_dir)
+    scorers = load_reward_models(reward, reward_dir, start / "model")
     policy = load_model(str(start / "model"))
     torch.manual_seed(seed)  # LoRA's initial weights
     functions = reward_functions(scorers, reward.traits)
