@@ -192,18 +192,16 @@ def test_rogan_gladen_by_hand_and_its_limits():
 # Simulations
 
 
-def coverage(
-    method: str, base: float, sens: float, spec: float, n: int, N: int, runs: int, labelled_base: float | None = None
-) -> tuple[float, float]:
+def coverage(method: str, base: float, sens: float, spec: float, n: int, N: int, runs: int) -> tuple[float, float]:
     """Share of runs in which the corrected interval, and the judged rate's own Wilson interval, hold the true rate.
 
-    Given labelled_base, the labelled replies are of that mix of good and bad instead.
+    For Rogan-Gladen the labelled replies are from elsewhere: half of them are good.
     """
     rng = np.random.default_rng([round(1000 * x) for x in (base, sens, spec)] + [n, N])
     hits = np.zeros(2)
     for _ in range(runs):
         judged, _ = draw(rng, N, base, sens, spec)
-        verdicts, labels = draw(rng, n, labelled_base or base, sens, spec)
+        verdicts, labels = draw(rng, n, base if method == "ppi" else 0.5, sens, spec)
         found = corrected_rate(judged, verdicts, labels, method)
         hits[0] += found.low <= base <= found.high
         naive = proportion_confint(judged.sum(), N, method="wilson")
