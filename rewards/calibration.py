@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 Method = Literal["ppi", "rogan-gladen"]
 
 BINS = 10
-_scipy = cast(Any, scipy_stats)  # scipy ships no complete types
+_scipy, _optimize = cast(Any, scipy_stats), cast(Any, optimize)  # scipy ships no complete types
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def kappa(verdicts: ArrayLike, labels: ArrayLike, level: float = 0.95) -> Estima
     """Cohen's kappa of two 0/1 arrays (n,).
 
     Without any disagreement the variance is 0; then the lower end is what the exact bound on the share of
-    disagreements leaves.
+    disagreements leaves. A judge that says the same of all agrees by chance, and its interval is the whole range.
     """
     v, y = _pair(verdicts, labels)
     _both_kinds(y)
@@ -117,6 +117,8 @@ def kappa(verdicts: ArrayLike, labels: ArrayLike, level: float = 0.95) -> Estima
         expected = float(y.mean() ** 2 + (1 - y.mean()) ** 2)
         most = 1 - ((1 - level) / 2) ** (1 / y.size)
         return Estimate(1.0, 1 - most / (1 - expected), 1.0, y.size)
+    if v.min() == v.max():
+        return Estimate(0.0, -1.0, 1.0, y.size)
     found = cast(Any, cohens_kappa)(np.array(table))
     half = _z(level) * float(found.std_kappa)
     value = float(found.kappa)
@@ -137,7 +139,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, level: float = 0.95) -> Estimate:
         return abs(theta - value) - z * math.sqrt(theta * (1 - theta) * spread / pairs)
 
     tiny = 1e-9  # at 0 and 1 the variance vanishes and with it the difference that the root is sought of
-    solve = cast(Any, optimize.brentq)
+    solve = _optimize.brentq
     low = float(solve(excess, 0.0, min(value, 1 - tiny))) if value > tiny else 0.0
     high = float(solve(excess, max(value, tiny), 1.0)) if value < 1 - tiny else 1.0
     return Estimate(value, low, high, y.size)

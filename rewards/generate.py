@@ -104,7 +104,7 @@ class Checker:
 
     def split(self, family: str, trait: str) -> Split:
         """The family's side if it has one; a new family is held out while less than a quarter of the trait's are."""
-        sides = {_of(line).family: _of(line).split for line in self.lines}
+        sides: dict[str, Split] = {_of(line).family: _of(line).split for line in self.lines}
         if family in sides:
             return sides[family]
         families = {_of(line).family: _of(line).split for line in self.lines if _of(line).trait == trait}
