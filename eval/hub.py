@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -156,9 +156,9 @@ def run_suite(
 
 
 def _run_lm_eval(task: HubTask, model: str, limit: int | None, judge: str | None, out: Path) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
 
-    answer: Any = simple_evaluate(
+    answer: Any = cast(Any, simple_evaluate)(
         model="hf",
         model_args={"pretrained": model},
         tasks=[task.name],

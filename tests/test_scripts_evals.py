@@ -106,16 +106,19 @@ def test_a_run_on_what_is_evaluated_is_refused(config: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run" / "contamination").exists()
 
 
-def test_tables_of_two_runs_are_written(tmp_path: Path) -> None:
+def two_runs(tmp_path: Path) -> list[Path]:
+    """Two generated runs that were trained in other domains."""
     runs = [write_run(tmp_path / name, benchmarks=1) for name in ("one", "two")]
     content = yaml.safe_load((runs[1] / "config.yaml").read_text())
     content |= {"name": "other", "reward": {"trait": "truthfulness", "domains": ["law", "chemistry"]}}
     (runs[1] / "config.yaml").write_text(yaml.safe_dump(content))
+    return runs
+
+
+def test_the_transfer_table_of_two_runs_is_written(tmp_path: Path) -> None:
     out = tmp_path / "tables"
-    for command, files in (("transfer", ("md", "json", "svg")), ("frontier", ("json", "svg"))):
-        done = CliRunner().invoke(app, ["eval", command, *map(str, runs), "--out", str(out)])
-        assert done.exit_code == 0, done.output
-        assert all((out / f"{command}.{end}").stat().st_size > 100 for end in files)
+    done = CliRunner().invoke(app, ["eval", "transfer", *map(str, two_runs(tmp_path)), "--out", str(out)])
+    assert done.exit_code == 0, done.output
     table = (out / "transfer.md").read_text()
     assert table.splitlines()[0].count("trained:") == 4
     assert "dose 5% (synthetic)" in table
@@ -124,11 +127,19 @@ def test_tables_of_two_runs_are_written(tmp_path: Path) -> None:
     assert {(c["domain"], "other" in c["column"]) for c in cells if c["trained"]} == {
         ("health", False), ("law", True), ("chemistry", True),
     }  # fmt: skip
+    assert "<svg" in (out / "transfer.svg").read_text()
+
+
+@pytest.mark.slow
+def test_the_frontier_of_two_runs_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "tables"
+    done = CliRunner().invoke(app, ["eval", "frontier", *map(str, two_runs(tmp_path)), "--out", str(out)])
+    assert done.exit_code == 0, done.output
     points = json.loads((out / "frontier.json").read_text())
     assert {row["arm"] for row in points} == {f"{n}/{a}" for n in ("synthetic", "other")
                                               for a in ("base", "control", "dose-05", "dose-25")}  # fmt: skip
     assert any(row["on_frontier"] for row in points)
-    assert "<svg" in (out / "transfer.svg").read_text()
+    assert "<svg" in (out / "frontier.svg").read_text()
 
 
 def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
