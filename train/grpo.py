@@ -122,8 +122,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 logps_N, entropies_N = self._packed_logps(model, [trees[i] for i in run])
             branches = [(row, branch) for i in run for row, branch in zip(rows[i], trees[i].branches, strict=True)]
-            row_N = torch.tensor([row for row, branch in branches for _ in branch], device=input_ids.device)
-            col_N = torch.tensor([c for _, branch in branches for c in range(len(branch))], device=input_ids.device)
+            places = [(row, c) for row, branch in branches for c in range(len(branch))]
+            row_N, col_N = torch.tensor(places, dtype=torch.long, device=input_ids.device).view(-1, 2).unbind(1)
             logps_BC = logps_BC.index_put((row_N, col_N), logps_N)
             entropies_BC[row_N, col_N] = entropies_N
         if self.accelerator.num_processes > 1:
