@@ -256,8 +256,8 @@ def token_logps(
             logp, entropy = _logps(rows, weight, bias, wanted, temperature, softcap)
         logps.append(logp)
         entropies.append(entropy)
-    if not logps:
-        return hidden_ND.new_zeros(0), hidden_ND.new_zeros(0)
+    if not logps:  # still a result of the model, so that a batch without a token can be trained on, to no effect
+        return hidden_ND.float().sum(-1), hidden_ND.new_zeros(0, dtype=torch.float32)
     return torch.cat(logps), torch.cat(entropies).detach()
 
 
