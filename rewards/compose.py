@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import reasoning_gym
@@ -21,7 +21,7 @@ from rewards.monitors import MONITORS, Messages, RewardFunction, text_of
 class Scorer(Protocol):
     """What scores replies for one trait, on the price scale -1..1: a RewardModel, or anything alike."""
 
-    def score(self, prompts: Sequence[Messages], answers: Sequence[str]) -> Sequence[float | None]:
+    def score(self, prompts: Sequence[Messages], answers: Sequence[str]) -> Iterable[float | None]:
         """One score for every prompt with its answer, None or NaN where there is none."""
         ...
 

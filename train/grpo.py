@@ -89,6 +89,7 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
         self.fall_back = fall_back
         self.measure_kl = measure_kl
         self.canary = canary
+        self.parts = self.args.steps_per_generation or 1  # in which a rollout batch is trained
         self.checked = False
         if share and self._entropy_bonus_enabled:
             raise ValueError("train: an entropy bonus needs entropy gradients, which prompt sharing does not compute")
@@ -137,7 +138,7 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
             entropies_BC[row_N, col_N] = entropies_N
         if self.accelerator.num_processes > 1:
             # Wrapped models communicate in every forward and backward pass, so all processes make equally many.
-            most = int(self.accelerator.gather(torch.tensor([len(runs)], device=input_ids.device)).max())
+            most = int(self.gathered(torch.tensor([len(runs)], device=input_ids.device)).max())
             prompt = runs[0][0][0].prompt
             for _ in range(most - len(runs)):
                 with self.accelerator.autocast():
@@ -245,7 +246,7 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
             gather_object(self._prompt_ids),
             gather_object(self._completion_ids),
             self._rewards,
-            self.accelerator.gather(advantages),
+            self.gathered(advantages),
         )
         return output
 
@@ -264,7 +265,7 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
         """This process's share of the groups that the budget still pays for, the same number in every process."""
         whole: list[dict[str, Any]] = gather_object(inputs)
         groups = whole[:: self.num_generations]
-        parts = self.accelerator.num_processes * self.args.steps_per_generation
+        parts = self.accelerator.num_processes * self.parts
         kept = max(self.keep(groups) // parts, 1) * parts
         share = kept * self.num_generations // self.accelerator.num_processes
         first = self.accelerator.process_index * share
@@ -272,9 +273,9 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's, but without its shuffle where a batch is trained in parts: a group stays in one part."""
-        if not self.model.training or self.args.steps_per_generation == 1:
+        parts = self.parts
+        if not self.model.training or parts == 1:
             return super()._prepare_inputs(generation_batch)
-        parts = self.args.steps_per_generation
         if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
             rows = len(batch["advantages"]) // parts
@@ -304,8 +305,18 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
     def log_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Log the mean of the unmasked values over all processes."""
         sums = torch.stack([values.masked_fill(mask == 0, 0.0).sum(), mask.sum().float()])
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        total, count = self.reduced(sums, "sum").tolist()
         self._metrics["train" if self.model.training else "eval"][name].append(total / max(count, 1.0))
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The values of all processes one after the other, (N,) -> (processes x N,)."""
+        every: Any = self.accelerator.gather(values)
+        return every
+
+    def reduced(self, values: Tensor, how: Literal["sum", "mean"]) -> Tensor:
+        """The sum or mean of the values over all processes, of the same shape."""
+        result: Any = self.accelerator.reduce(values, reduction=how)
+        return result
 
     @contextmanager
     def kl_in_reward(self) -> Iterator[None]:
@@ -347,7 +358,8 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
             return "DeepSpeed ZeRO-3 gathers the weights for a model's own forward only"
         exact = is_exact(model) and self.accelerator.mixed_precision == "no"
         trees = check_trees(base_model(model).config.get_text_config().vocab_size)
-        input_ids, attention_mask, width = padded(trees, self._tokenizer.pad_token_id, self.accelerator.device)
+        pad: Any = self._tokenizer.pad_token_id
+        input_ids, attention_mask, width = padded(trees, pad, self.accelerator.device)
         kept = attention_mask[:, width:].bool()
         was_training = self.model.training
         self.model.eval()
@@ -373,7 +385,7 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
 
         TRL counts batches and keeps rollouts for several of them, and starts both anew when it resumes.
         """
-        within = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        within = self._step % (self.parts * self.num_iterations) != 0
         state = {"step": self._step, "buffered": self._buffered_inputs if within else None}
         torch.save(state, folder / self._extras())
         if self.args.should_save and self.save is not None:

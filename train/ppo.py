@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ class Critic(torch.nn.Module):
     def __init__(self, policy: Any, lora_rank: int) -> None:
         """`policy` is the causal language model before PEFT wraps it."""
         super().__init__()
-        decoder = policy.get_decoder()
+        decoder: Any = policy.get_decoder()
         if lora_rank:
             shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
             lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
@@ -118,11 +117,11 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
         advantages_BC, returns_BC = gae(rewards_BC, values_BC, mask_BC, gamma, lam)
         paid_BC = gae(rewards_BC, torch.zeros_like(values_BC), mask_BC, gamma, 1.0)[1]
         explained = explained_variance(paid_BC, values_BC, mask_BC)
-        self._metrics["train"]["explained_variance"].append(self.accelerator.gather(explained).nanmean().item())
+        self._metrics["train"]["explained_variance"].append(self.gathered(explained).nanmean().item())
 
         mean_B = (advantages_BC * mask_BC).sum(1) / mask_BC.sum(1).clamp(min=1)
         if self.settings.whiten_advantages:
-            advantages_BC = whiten(advantages_BC, mask_BC, partial(self.accelerator.reduce, reduction="sum"))
+            advantages_BC = whiten(advantages_BC, mask_BC, lambda values: self.reduced(values, "sum"))
         output |= {"advantages": advantages_BC, "returns": returns_BC, "values": values_BC, "value_mask": mask_BC}
         output["group"] = torch.arange(rows, device=mask_BC.device) // self.num_generations
         return mean_B
@@ -144,12 +143,13 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
         started = time.perf_counter()
         model.train()
         batch = self._prepare_inputs(inputs)
+        optimizer: Any = self.optimizer
         losses: list[Tensor] = []
         for i, part in enumerate(self._minibatches(batch)):
             if i:
                 self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-                self.optimizer.step()
-            self.optimizer.zero_grad()
+                optimizer.step()
+            optimizer.zero_grad()
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, part)
             self.accelerator.backward(loss)
@@ -165,8 +165,8 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
         )
         tokens = inputs["value_mask"].sum().clamp(min=1).float()
         # Processes differ in tokens, and their gradients are averaged.
-        loss = loss * tokens / self.accelerator.reduce(tokens, "mean")
-        self._metrics["train"]["value_loss"].append(self.accelerator.gather(loss.detach()).mean().item())
+        loss = loss * tokens / self.reduced(tokens, "mean")
+        self._metrics["train"]["value_loss"].append(self.gathered(loss.detach()).mean().item())
         if self.state.global_step < self.settings.value_warmup_steps:
             return loss
         with self.kl_in_reward():
@@ -183,14 +183,15 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
                 rows = torch.isin(batch["group"], chosen)
                 part = {key: value[rows] if value.dim() else value for key, value in batch.items()}
                 tokens = part["completion_mask"].sum()
-                yield part | {"num_items_in_batch": self.accelerator.reduce(tokens, reduction="sum")}
+                yield part | {"num_items_in_batch": self.reduced(tokens, "sum")}
 
     def _finish_critic_gradients(self) -> None:
         """Average over processes (the critic stands outside DDP) and clip."""
         parameters = list(self.critic.trained().values())
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")  # type: ignore[assignment]
+                gradient: Any = parameter.grad
+                parameter.grad = self.reduced(gradient, "mean")
         torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -30,7 +30,7 @@ class SharedPromptRLOOTrainer(SharedPromptGRPOTrainer):
             if "old_per_token_logps" not in output:
                 output["old_per_token_logps"] = self.batch_logps(output)
             kl_BC = (output["old_per_token_logps"] - output["ref_per_token_logps"]) * output["completion_mask"]
-            rewards_B = rewards_B - self.beta * self.accelerator.gather(kl_BC.sum(1))
+            rewards_B = rewards_B - self.beta * self.gathered(kl_BC.sum(1))
         here, rows = self.accelerator.process_index, len(output["completion_ids"])
         output["advantages"] = leave_one_out(rewards_B, self.num_generations)[here * rows : (here + 1) * rows]
         return output["advantages"]

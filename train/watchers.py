@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import pandas as pd
 from accelerate.utils import broadcast_object_list
 from peft.tuners.lora import LoraLayer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -23,6 +22,7 @@ from models.loading import load_model
 from train.config import WatchConfig
 from train.ledger import Ledger
 
+Frame: TypeAlias = Any  # a pandas DataFrame; pandas ships no types that pyright can follow
 STANDARD_ERRORS = 2.0  # a rise or a fall within so many standard errors is noise
 
 
@@ -40,7 +40,7 @@ class Alert:
 Finding = tuple[int, str]  # since, text
 
 
-def check(table: pd.DataFrame, cfg: WatchConfig) -> list[Alert]:
+def check(table: Frame, cfg: WatchConfig) -> list[Alert]:
     """The alerts at the last step of a step table, in the order of WATCHERS.
 
     A column that is missing, or empty at a step, is not judged there.
@@ -57,7 +57,7 @@ def check(table: pd.DataFrame, cfg: WatchConfig) -> list[Alert]:
     return alerts
 
 
-def non_finite(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def non_finite(table: Frame, threshold: float, window: int) -> Finding | None:
     """The last step is broken, and more than `threshold` steps are: NaN or infinity, or a completion without reward."""
     names = [name for name in ("loss", "grad_norm", "proxy") if name in table]
     values = table[names].to_numpy(dtype=float)
@@ -70,7 +70,7 @@ def non_finite(table: pd.DataFrame, threshold: float, window: int) -> Finding | 
     return int(table["step"][broken].iloc[0]), f"{', '.join(seen)}; steps of that kind: {broken.sum()}"
 
 
-def reward_collapse(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def reward_collapse(table: Frame, threshold: float, window: int) -> Finding | None:
     """The window's mean proxy is at least `threshold` below that of the best window before it."""
     steps, values = _column(table, "proxy")
     if len(values) < 2 * window:
@@ -82,7 +82,7 @@ def reward_collapse(table: pd.DataFrame, threshold: float, window: int) -> Findi
     return steps[-window], f"mean reward {now:.3g}, after {best:.3g} in the best {window} steps"
 
 
-def zero_variance(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def zero_variance(table: Frame, threshold: float, window: int) -> Finding | None:
     """At least the share `threshold` of the window's groups has one reward throughout."""
     steps, values = _column(table, "zero_variance_groups")
     if len(values) < window or (share := values[-window:].mean()) < threshold:
@@ -90,7 +90,7 @@ def zero_variance(table: pd.DataFrame, threshold: float, window: int) -> Finding
     return steps[-window], f"{100 * share:.0f}% of the groups of {window} steps have equal rewards and teach nothing"
 
 
-def kl(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def kl(table: Frame, threshold: float, window: int) -> Finding | None:
     """The window's mean KL to the start is at least `threshold` nats per token."""
     steps, values = _column(table, "kl")
     if len(values) < window or not (mean := values[-window:].mean()) >= threshold:
@@ -98,23 +98,23 @@ def kl(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
     return steps[-window], f"KL to the start {mean:.3g} nats per token over {window} steps"
 
 
-def entropy_rise(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def entropy_rise(table: Frame, threshold: float, window: int) -> Finding | None:
     """The window's mean entropy is at least `threshold` times that of the first window."""
     return _ratio(table, "entropy", window, lambda ratio: ratio >= threshold, "entropy {now:.3g} nats per token")
 
 
-def entropy_fall(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def entropy_fall(table: Frame, threshold: float, window: int) -> Finding | None:
     """The window's mean entropy is at most `threshold` times that of the first window."""
     return _ratio(table, "entropy", window, lambda ratio: ratio <= threshold, "entropy {now:.3g} nats per token")
 
 
-def length_drift(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def length_drift(table: Frame, threshold: float, window: int) -> Finding | None:
     """The window's mean completion is at least `threshold` times as long, or as short, as in the first window."""
     text = "completions of {now:.3g} tokens"
     return _ratio(table, "mean_tokens", window, lambda ratio: ratio >= threshold or ratio <= 1 / threshold, text)
 
 
-def proxy_gold_gap(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def proxy_gold_gap(table: Frame, threshold: float, window: int) -> Finding | None:
     """On trait prompts the proxy has risen and gold has fallen by `threshold` since the window before, beyond noise."""
     if not {"trait_proxy", "gold"} <= set(table):
         return None
@@ -130,7 +130,7 @@ def proxy_gold_gap(table: pd.DataFrame, threshold: float, window: int) -> Findin
     return since, text
 
 
-def sampling_gap(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def sampling_gap(table: Frame, threshold: float, window: int) -> Finding | None:
     """The last step's log-probabilities in sampling and in training differ by `threshold` nats per token or more."""
     steps, values = _column(table, "sampling_gap")
     if not len(values) or steps[-1] != table["step"].iloc[-1] or values[-1] < threshold:
@@ -138,7 +138,7 @@ def sampling_gap(table: pd.DataFrame, threshold: float, window: int) -> Finding 
     return steps[-1], f"sampling and training differ by {values[-1]:.3g} nats per token: the sampler runs other weights"
 
 
-WATCHERS: dict[str, Callable[[pd.DataFrame, float, int], Finding | None]] = {
+WATCHERS: dict[str, Callable[[Frame, float, int], Finding | None]] = {
     "non_finite": non_finite,
     "reward_collapse": reward_collapse,
     "zero_variance": zero_variance,
@@ -157,7 +157,7 @@ class StepLog(Protocol):
     ledger: Ledger
     main: bool
 
-    def steps(self, log_history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    def steps(self, log_history: Sequence[Mapping[str, Any]]) -> Frame:
         """The step table up to the step that was logged last."""
         ...
 
@@ -219,7 +219,7 @@ def _back_to_start(model: Any, start: Path) -> None:
         set_model_state_dict(model, load_model(str(start)).state_dict(), options=whole)
 
 
-def _column(table: pd.DataFrame, name: str) -> tuple[list[int], np.ndarray]:
+def _column(table: Frame, name: str) -> tuple[list[int], np.ndarray]:
     """Steps and values of a column where it has a value; empty if there is no such column."""
     if name not in table:
         return [], np.zeros(0)
@@ -227,7 +227,7 @@ def _column(table: pd.DataFrame, name: str) -> tuple[list[int], np.ndarray]:
     return [int(step) for step in kept["step"]], kept[name].to_numpy(dtype=float)
 
 
-def _ratio(table: pd.DataFrame, name: str, window: int, beyond: Callable[[float], bool], text: str) -> Finding | None:
+def _ratio(table: Frame, name: str, window: int, beyond: Callable[[float], bool], text: str) -> Finding | None:
     """The last window's mean against the first window's; `text` is told the present mean."""
     steps, values = _column(table, name)
     if len(values) < 2 * window or (first := values[:window].mean()) <= 0:
