@@ -26,7 +26,7 @@ from models.rollout import sample
 from models.shared_prompt import Tree, fill, pack
 from rewards.config import RewardConfig
 from rewards.pairs import draw_probes, make_pairs
-from rewards.preferences import Preference, from_probes
+from rewards.preferences import Preference, from_probes, style_guess
 from rewards.probes import Probe, load_probes
 from rewards.reward_trainer import (
     TOKEN_BUDGET,
@@ -303,17 +303,19 @@ def reply_scores(model: RewardModel, preferences: Sequence[Preference]) -> dict[
 def pair_accuracy(model: RewardModel, preferences: Sequence[Preference]) -> dict[str, Any]:
     """Share of preferences ranked rightly (ties count half) with its 95% Wilson interval and n.
 
-    In all, and under "contrasts" (failure modes), "domains" and "families" each by itself.
+    In all, and each by itself under "contrasts" (failure modes), "domains", "families" and "style" (where a guess by
+    sentence length alone is right, and where it is wrong).
     """
     scores = reply_scores(model, preferences)
     groups: dict[str, dict[str, list[float]]] = {
-        name: defaultdict(list) for name in ("contrasts", "domains", "families")
+        name: defaultdict(list) for name in ("contrasts", "domains", "families", "style")
     }
     hits: list[float] = []
     for p in preferences:
         better, worse = scores[p.prompt_id, p.chosen], scores[p.prompt_id, p.rejected]
         hits.append(1.0 if better > worse else 0.5 if better == worse else 0.0)
-        for group, name in (("contrasts", p.contrast), ("domains", p.domain), ("families", p.family)):
+        names = {"contrasts": p.contrast, "domains": p.domain, "families": p.family, "style": style_guess(p)}
+        for group, name in names.items():
             groups[group][name].append(hits[-1])
     return share(hits) | {
         group: {name: share(rows) for name, rows in sorted(table.items())} for group, table in groups.items()
