@@ -109,8 +109,8 @@ def validation_families(scenarios: Sequence[Scenario], seed: int) -> set[str]:
 def style_guess(preference: Preference) -> Literal["right", "wrong", "no guess"]:
     """What a guesser gets who reads no word and takes the reply with the shorter sentences for the better one.
 
-    In the scenario bank it is right about five pairs out of six (docs/rewards.md), so the accuracy where it is wrong tells
-    more about a reward model than the accuracy in all.
+    In the scenario bank it is right in about three pairs of four (docs/rewards.md), so the accuracy where it is wrong
+    tells more about a reward model than the accuracy in all.
     """
     better, worse = sentence_words(preference.chosen), sentence_words(preference.rejected)
     return "no guess" if better == worse else "right" if better < worse else "wrong"
