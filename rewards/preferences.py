@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -106,6 +107,22 @@ def validation_families(scenarios: Sequence[Scenario], seed: int) -> set[str]:
         order = sorted(families, key=lambda family: random.Random(f"validation/{seed}/{family}").random())
         chosen.update(order[: max(1, round(VALIDATION_SHARE * len(order)))])
     return chosen
+
+
+def style_guess(preference: Preference) -> Literal["right", "wrong", "no guess"]:
+    """What a guesser gets who reads no word and takes the reply with the shorter sentences for the better one.
+
+    In the scenario bank it is right in about three pairs of four (docs/rewards.md), so the accuracy where it is wrong
+    tells more about a reward model than the accuracy in all.
+    """
+    better, worse = sentence_words(preference.chosen), sentence_words(preference.rejected)
+    return "no guess" if better == worse else "right" if better < worse else "wrong"
+
+
+def sentence_words(text: str) -> float:
+    """Mean number of words per sentence; a sentence ends with . ! or ? and white space."""
+    sentences = [piece for piece in re.split(r"(?<=[.!?])\s+", text.strip()) if piece]
+    return len(text.split()) / max(1, len(sentences))
 
 
 class _Line(BaseModel):

@@ -27,7 +27,7 @@ from models.rollout import sample
 from models.shared_prompt import Tree, fill, pack
 from rewards.config import PROBE_TRAIT, RewardConfig
 from rewards.pairs import draw_probes, make_pairs
-from rewards.preferences import Preference, from_probes
+from rewards.preferences import Preference, from_probes, style_guess
 from rewards.probes import Probe, load_probes
 from rewards.reward_trainer import (
     TOKEN_BUDGET,
@@ -303,19 +303,20 @@ def answer_scores(model: RewardModel, preferences: Sequence[Preference]) -> dict
 def pair_accuracy(model: RewardModel, preferences: Sequence[Preference]) -> dict[str, Any]:
     """Share of preferences ranked rightly (ties count half) with its 95% Wilson interval and n.
 
-    In all, and under "contrasts" (failure modes), "domains" and "families" each by itself.
+    In all, and each by itself under "contrasts" (failure modes), "domains", "families" and "style" (where a guess by
+    sentence length alone is right, and where it is wrong).
     """
     scores = answer_scores(model, preferences)
-    better = np.array([scores[p.prompt_id, p.chosen] for p in preferences])
-    worse = np.array([scores[p.prompt_id, p.rejected] for p in preferences])
-    hits = ((better > worse) + 0.5 * (better == worse)).tolist()
     groups: dict[str, dict[str, list[float]]] = {
-        name: defaultdict(list) for name in ("contrasts", "domains", "families")
+        name: defaultdict(list) for name in ("contrasts", "domains", "families", "style")
     }
-    for preference, hit in zip(preferences, hits, strict=True):
-        groups["contrasts"][preference.contrast].append(hit)
-        groups["domains"][preference.domain].append(hit)
-        groups["families"][preference.family].append(hit)
+    hits: list[float] = []
+    for p in preferences:
+        better, worse = scores[p.prompt_id, p.chosen], scores[p.prompt_id, p.rejected]
+        hits.append(1.0 if better > worse else 0.5 if better == worse else 0.0)
+        names = {"contrasts": p.contrast, "domains": p.domain, "families": p.family, "style": style_guess(p)}
+        for group, name in names.items():
+            groups[group][name].append(hits[-1])
     return share(hits) | {
         group: {name: share(rows) for name, rows in sorted(table.items())} for group, table in groups.items()
     }

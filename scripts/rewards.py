@@ -146,9 +146,10 @@ def _print_accuracy(accuracy: Mapping[str, Any], console: Console) -> None:
     rows = [("in all", heldout), ("validation families", accuracy["validation"])]
     table.add_row(*_accuracy_row(*rows[0]))
     table.add_row(*_accuracy_row(*rows[1]), end_section=True)
-    for group in ("domains", "contrasts"):
+    for group in ("style", "domains", "contrasts"):
         for name, row in heldout[group].items():
-            table.add_row(*_accuracy_row(name, row), end_section=name == list(heldout[group])[-1])
+            label = f"shorter sentences: {name}" if group == "style" else name
+            table.add_row(*_accuracy_row(label, row), end_section=name == list(heldout[group])[-1])
     console.print(table)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ from rewards.fit import ALL, PROBES, gather_parts
 from rewards.hacks import BANK, TRAINED
 from rewards.pairs import draw_probes, make_pairs
 from rewards.preferences import (
+    Preference,
     adversarial,
     from_probes,
     from_scenarios,
     load_preferences,
+    sentence_words,
+    style_guess,
     validation_families,
 )
 from rewards.probes import load_probes
@@ -143,3 +147,13 @@ def test_a_mistake_in_a_users_file_is_named(tmp_path: Path, lines: list[object],
         assert word in str(error.value)
     with pytest.raises(ValueError, match="no such file"):
         load_preferences(tmp_path / "nowhere.jsonl")
+
+
+def test_a_guess_by_sentence_length_reads_no_word() -> None:
+    assert sentence_words("One two. Three four five six! Seven?") == pytest.approx(7 / 3)
+    assert sentence_words("") == 0.0
+    short, long = "Shut it. Wait.", "Shut it, and after that you may want to wait."
+    pair = Preference("p", [], short, long, (1.0, -1.0), "c", "d", "f")
+    assert style_guess(pair) == "right"
+    assert style_guess(replace(pair, chosen=long, rejected=short)) == "wrong"
+    assert style_guess(replace(pair, rejected="Open it. Go.")) == "no guess"
