@@ -89,9 +89,8 @@ def write(folders: dict[str, Path], tmp_path: Path) -> Callable[..., Generated]:
         cfg = GeneratorConfig(
             model=f"{server.url}/v1/m", **({"max_concurrency": 1, "backoff_seconds": 0, "attempts": 2} | settings)
         )
-        item = EvaluationItem("quiz 7", "q", "defibrillator moved to the pub which closes at eleven the council", True)
-        long = EvaluationItem("quiz 8", "q", ASKED[3], True)
-        return generate("patience", "health", n, cfg, tmp_path / "out" / "new.jsonl", items=[item, long], **folders)
+        item = EvaluationItem("quiz 7", "q", ASKED[3], True)
+        return generate("patience", "health", n, cfg, tmp_path / "out" / "new.jsonl", items=[item], **folders)
 
     return run
 
