@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 
@@ -39,7 +40,7 @@ class ShardedTrainer(SharedPromptGRPOTrainer):
             cpu_ram_efficient_loading=False,
             state_dict_type="SHARDED_STATE_DICT",
         )
-        state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
         self.is_fsdp_enabled = True
 
 
