@@ -438,7 +438,13 @@ def _claims(results: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, A
         if gain:
             holds = gain["ci_low"] > 0
             word = "beats control" if holds else "is not shown to beat control"
-            text = f"{arm} {word} on truthfulness in domains never trained: {points(gain)} points (n = {gain['n']})."
+            # The levels beside the difference: an arm may be ahead because control fell below the base.
+            levels = [(name, gain[key]) for name, key in (("base", "base"), ("control", "control"), (arm, "value"))]
+            shown = ", ".join(f"{name} {100 * level:.1f}%" for name, level in levels if level is not None)
+            text = (
+                f"{arm} {word} on truthfulness in domains never trained: {points(gain)} points "
+                f"(n = {gain['n']}; {shown})."
+            )
             claims.append({"id": "heldout-truthfulness", "arm": arm, "holds": holds, "text": text})
         refusal = pooled.get(("over-refusal-answerable", arm))
         if refusal:
