@@ -14,7 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rewards.probes import Kind, Probe
+from rewards.probes import Kind, Probe, Verdict
 from rewards.verifier import PRICE, verdict
 
 ABSTENTIONS = (
@@ -84,7 +84,7 @@ def probe_pairs(probe: Probe, rng: random.Random, own: Sequence[str] = ()) -> li
     wrong = rng.choice(probe.wrong) if probe.wrong else ""
     abstained = abstention(probe, rng)
     answers = list(dict.fromkeys(text for text in (probe.right, abstained, wrong, *own) if text.strip()))
-    verdicts = {text: verdict(probe, text) for text in answers}
+    verdicts: dict[str, Verdict] = {text: verdict(probe, text) for text in answers}
     answers.sort(key=lambda text: -PRICE[verdicts[text]])
     pairs: list[Pair] = []
     for i, chosen in enumerate(answers):

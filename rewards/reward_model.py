@@ -89,7 +89,7 @@ class RewardModel:
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: holds no reward model ({name} is missing); fit one: traitdose rewards fit")
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-        fitted_on = backbone or PeftConfig.from_pretrained(folder / "model").base_model_name_or_path
+        fitted_on: Any = backbone or PeftConfig.from_pretrained(str(folder / "model")).base_model_name_or_path
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             fitted_on, num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
         )
@@ -155,7 +155,8 @@ def own_answers(policy: str, probes: Sequence[Probe], n: int, seed: int) -> dict
     """n answers of the policy to every probe (id -> answers), sampled at temperature 1."""
     if n == 0:
         return {}
-    model, tokenizer = load_model(policy, device=best_device()), load_tokenizer(policy)
+    model: Any = load_model(policy, device=best_device())
+    tokenizer: Any = load_tokenizer(policy)
     prompts = [
         tokenizer(
             tokenizer.apply_chat_template(probe.messages, tokenize=False, add_generation_prompt=True),
@@ -326,8 +327,9 @@ def share(hits: Sequence[float]) -> dict[str, Any]:
     """n, the share of hits (a half for a tie) and its 95% Wilson interval; None where n is 0."""
     if not hits:
         return {"n": 0, "accuracy": None, "ci_low": None, "ci_high": None}
-    low, high = proportion_confint(sum(hits), len(hits), method="wilson")
-    return {"n": len(hits), "accuracy": float(np.mean(hits)), "ci_low": float(low), "ci_high": float(high)}
+    interval: Any = proportion_confint(sum(hits), len(hits), method="wilson")
+    low, high = map(float, interval)
+    return {"n": len(hits), "accuracy": float(np.mean(hits)), "ci_low": low, "ci_high": high}
 
 
 def _split(tree: Tree, rows: Sequence[int]) -> Iterator[tuple[Tree, list[int]]]:

@@ -53,8 +53,9 @@ class SharedPromptRewardTrainer(SealedTrainer, RewardTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One backward pass; several processes average their gradients: the packed forward goes past DDP."""
         loss = super().training_step(*args, **kwargs)
+        model: Any = self.model
         if self.accelerator.num_processes > 1:
-            for weight in self.model.parameters():
+            for weight in model.parameters():
                 if weight.grad is not None:
                     weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
         return loss

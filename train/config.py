@@ -111,15 +111,21 @@ class WatchConfig(_Section):
     """Watchers over the step table (train/watchers.py): each has a threshold and an action."""
 
     window: int = Field(8, ge=2, description="Steps over which the watchers average; none speaks before it is full.")
-    non_finite: NonFiniteWatcher = Field(NonFiniteWatcher(), description="NaN or infinity.")
-    reward_collapse: RewardCollapseWatcher = Field(RewardCollapseWatcher(), description="Fall of the reward.")
-    zero_variance: ZeroVarianceWatcher = Field(ZeroVarianceWatcher(), description="Groups without a difference.")
-    kl: KLWatcher = Field(KLWatcher(), description="Distance from the starting model.")
-    entropy_rise: EntropyRiseWatcher = Field(EntropyRiseWatcher(), description="Rise of the entropy.")
-    entropy_fall: EntropyFallWatcher = Field(EntropyFallWatcher(), description="Fall of the entropy.")
-    proxy_gold_gap: ProxyGoldGapWatcher = Field(ProxyGoldGapWatcher(), description="Proxy up, gold down.")
-    length_drift: LengthDriftWatcher = Field(LengthDriftWatcher(), description="Drift of the length.")
-    sampling_gap: SamplingGapWatcher = Field(SamplingGapWatcher(), description="Sampling against training.")
+    non_finite: NonFiniteWatcher = Field(default_factory=NonFiniteWatcher, description="NaN or infinity.")
+    reward_collapse: RewardCollapseWatcher = Field(
+        default_factory=RewardCollapseWatcher, description="Fall of the reward."
+    )
+    zero_variance: ZeroVarianceWatcher = Field(
+        default_factory=ZeroVarianceWatcher, description="Groups without a difference."
+    )
+    kl: KLWatcher = Field(default_factory=KLWatcher, description="Distance from the starting model.")
+    entropy_rise: EntropyRiseWatcher = Field(default_factory=EntropyRiseWatcher, description="Rise of the entropy.")
+    entropy_fall: EntropyFallWatcher = Field(default_factory=EntropyFallWatcher, description="Fall of the entropy.")
+    proxy_gold_gap: ProxyGoldGapWatcher = Field(default_factory=ProxyGoldGapWatcher, description="Proxy up, gold down.")
+    length_drift: LengthDriftWatcher = Field(default_factory=LengthDriftWatcher, description="Drift of the length.")
+    sampling_gap: SamplingGapWatcher = Field(
+        default_factory=SamplingGapWatcher, description="Sampling against training."
+    )
 
 
 class TrainConfig(_Section):
@@ -206,7 +212,7 @@ class TrainConfig(_Section):
     vllm_server_url: str | None = Field(None, description="Address of the server, such as http://host:8000.")
     vllm_memory: float = Field(0.3, gt=0, le=1, description="Share of a GPU's memory that a colocated vLLM takes.")
     vllm_tensor_parallel: int = Field(1, ge=1, description="GPUs over which a colocated vLLM splits the model.")
-    watch: WatchConfig = Field(WatchConfig(), description="What is watched, and what follows.")
+    watch: WatchConfig = Field(default_factory=WatchConfig, description="What is watched, and what follows.")
 
     @property
     def measures_kl(self) -> bool:
