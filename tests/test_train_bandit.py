@@ -108,7 +108,7 @@ PPO = {"epochs": 2, "minibatches": 2, "critic_learning_rate": 2e-2, "value_clip"
 def test_all_reach_the_optimum_in_closed_form(tmp_path: Path, algorithm: str, settings: dict[str, Any]) -> None:
     start = distribution(policy())
     best = optimum(start, REWARDS)
-    assert (start - best).abs().sum(1).min() / 2 > 0.25  # there is some way to go
+    assert (start - best).abs().sum(1).min() / 2 > 0.2  # there is some way to go
     trainer = train(algorithm, tmp_path, 120, **settings)
     reached = distribution(trainer.model)
     # GRPO's group mean contains the completion itself, which shrinks rewards, and not the KL term, by 1 - 1/G.
