@@ -75,6 +75,7 @@ def _group() -> Any:
 
     if not torch.cuda.is_available():  # without this, accelerate takes each process for the only one
         os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not "cpu:0", onto which torch.load reads no checkpoint
     PartialState(cpu=not torch.cuda.is_available())
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 

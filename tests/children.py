@@ -40,6 +40,7 @@ def fork_group(work: Callable[[], None], processes: int = 2) -> list[int]:
         torch.distributed.destroy_process_group()
 
     place = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+    place["ACCELERATE_TORCH_DEVICE"] = "cpu"  # as scripts/processes.py sets it
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [fork(member, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
 
