@@ -75,6 +75,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         self.record = record
         self.keep = keep
         self.share = share
+        self.parts = self.args.steps_per_generation or 1  # in which a batch of rollouts is trained
         self.noise = noise if self.accelerator.num_processes == 1 else "row"
         self.save = save
         self.fall_back = fall_back
@@ -128,8 +129,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             entropies_BC[row_N, col_N] = entropies_N
         if self.accelerator.num_processes > 1:
             # Wrapped models communicate in every forward and backward pass, so all processes make equally many.
-            most = int(self.accelerator.gather(torch.tensor([len(runs)], device=input_ids.device)).max())
-            for _ in range(most - len(runs)):
+            counts: Any = self.accelerator.gather(torch.tensor([len(runs)], device=input_ids.device))
+            for _ in range(int(counts.max()) - len(runs)):
                 with self.accelerator.autocast():
                     idle_N, _ = self._packed_logps(model, [Tree(trees[0].prompt, [trees[0].prompt[-1:]])])
                 logps_BC = logps_BC + 0.0 * idle_N.sum()
@@ -217,13 +218,14 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         inputs = self._affordable(inputs)
         output = super()._generate_and_score_completions(inputs)
         # Processes hold consecutive slices of the step; what is gathered is the step in the order of its prompts.
+        advantages: Any = self.accelerator.gather(output["advantages"])
         self.record(
             self.state.global_step,
             gather_object(inputs),
             gather_object(self._prompt_ids),
             gather_object(self._completion_ids),
             self._rewards,
-            self.accelerator.gather(output["advantages"]),
+            advantages,
         )
         return output
 
@@ -231,7 +233,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         """This process's share of the groups that the budget still pays for, the same number in every process."""
         whole: list[dict[str, Any]] = gather_object(inputs)
         groups = whole[:: self.num_generations]
-        parts = self.accelerator.num_processes * self.args.steps_per_generation
+        parts = self.accelerator.num_processes * self.parts
         kept = max(self.keep(groups) // parts, 1) * parts
         share = kept * self.num_generations // self.accelerator.num_processes
         first = self.accelerator.process_index * share
@@ -239,17 +241,16 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's, but without its shuffle where a batch is trained in parts: a group stays in one part."""
-        if not self.model.training or self.args.steps_per_generation == 1:
+        if not self.model.training or self.parts == 1:
             return super()._prepare_inputs(generation_batch)
-        parts = self.args.steps_per_generation
-        if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
+        if self._step % (self.parts * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            rows = len(batch["advantages"]) // parts
+            rows = len(batch["advantages"]) // self.parts
             self._buffered_inputs = [
                 {key: value[i * rows : (i + 1) * rows] if value.dim() else value for key, value in batch.items()}
-                for i in range(parts)
+                for i in range(self.parts)
             ]
-        return self._buffered_inputs[self._step % parts]
+        return self._buffered_inputs[self._step % self.parts]
 
     # -- self-check
 
@@ -282,7 +283,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             return "DeepSpeed ZeRO-3 gathers the weights for a model's own forward only"
         exact = is_exact(model) and self.accelerator.mixed_precision == "no"
         trees = check_trees(base_model(model).config.get_text_config().vocab_size)
-        input_ids, attention_mask, width = padded(trees, self._tokenizer.pad_token_id, self.accelerator.device)
+        pad: Any = self._tokenizer.pad_token_id
+        input_ids, attention_mask, width = padded(trees, pad, self.accelerator.device)
         kept = attention_mask[:, width:].bool()
         was_training = self.model.training
         self.model.eval()
@@ -308,7 +310,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         return str(folder / PARTIAL if self._sealing else folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
+        folder = Path(self._get_output_dir(trial))
         partial = partial_folder(folder, self.state.global_step)
         if self.args.should_save:
             clear_partial(folder)
@@ -329,7 +331,7 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
 
         TRL counts batches and keeps rollouts for several of them, and starts both anew when it resumes.
         """
-        within = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        within = self._step % (self.parts * self.num_iterations) != 0
         state = {"step": self._step, "buffered": self._buffered_inputs if within else None}
         torch.save(state, folder / self._extras())
         if self.args.should_save:
@@ -341,13 +343,15 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         """Take back what save_extras wrote in this process, if it was one of as many."""
         path = folder / self._extras()
         if path.exists():
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["buffered"]
 
     def _extras(self) -> str:
         return f"batch-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.pt"
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.args.device.type == "cpu":  # several processes on a CPU get "cpu:0", which torch.load does not know
+            vars(self.args)["_setup_devices"] = torch.device("cpu")
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.load_extras(Path(checkpoint))
