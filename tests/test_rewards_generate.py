@@ -147,7 +147,7 @@ def test_bad_ones_go_back_with_what_is_wrong_and_are_counted(write, tmp_path):
     ]  # fmt: skip
     assert log[0]["answer"] == texts[0]
     assert "quiz 7" in log[3]["problems"][0]
-    assert "opens with the same 6 words" in log[4]["problems"][0]
+    assert "of its 5-grams with" in log[4]["problems"][0]
     assert "'sloth' is not on the card; use one of: rush, dead-stop, dither" in log[5]["problems"][0]
 
 

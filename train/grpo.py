@@ -84,6 +84,7 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
         self.record = record
         self.keep = keep
         self.share = share
+        self.parts = self.args.steps_per_generation or 1  # in which a batch of rollouts is trained
         self.noise = noise if self.accelerator.num_processes == 1 else "row"
         self.save = save
         self.fall_back = fall_back
@@ -273,17 +274,16 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's, but without its shuffle where a batch is trained in parts: a group stays in one part."""
-        parts = self.parts
-        if not self.model.training or parts == 1:
+        if not self.model.training or self.parts == 1:
             return super()._prepare_inputs(generation_batch)
-        if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
+        if self._step % (self.parts * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            rows = len(batch["advantages"]) // parts
+            rows = len(batch["advantages"]) // self.parts
             self._buffered_inputs = [
                 {key: value[i * rows : (i + 1) * rows] if value.dim() else value for key, value in batch.items()}
-                for i in range(parts)
+                for i in range(self.parts)
             ]
-        return self._buffered_inputs[self._step % parts]
+        return self._buffered_inputs[self._step % self.parts]
 
     # -- the loss, and what is logged beside it
 
@@ -395,7 +395,7 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
         """Take back what save_extras wrote in this process, if it was one of as many."""
         path = folder / self._extras()
         if path.exists():
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["buffered"]
 
     def _extras(self) -> str:

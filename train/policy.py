@@ -158,6 +158,8 @@ def save_weights(trainer: SharedPromptGRPOTrainer, folder: Path) -> None:
     weights = accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if accelerator.is_main_process:
         trained: Any = accelerator.unwrap_model(trainer.model)
+        for tied in getattr(trained, "all_tied_weights_keys", {}) if weights else {}:
+            weights.pop(tied, None)  # gathered, it is a copy of what it is tied to
         trained.save_pretrained(folder, state_dict=weights)
     accelerator.wait_for_everyone()
 
