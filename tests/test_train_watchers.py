@@ -217,15 +217,13 @@ def test_the_canary_tells_a_stale_sampler(tiny_dir: Path, tmp_path: Path) -> Non
 
 
 def test_the_kl_is_measured_without_a_penalty_as_with_one(tiny_dir: Path, tmp_path: Path) -> None:
-    """With a penalty too small to matter TRL logs the KL itself."""
+    """With a penalty too small to matter, also to Adam, which scales up what is above 1e-8, TRL logs the KL itself."""
     kls = []
-    for name, options in (("measured", {"measure_kl": True}), ("stock", {"train": {"beta": 1e-9}})):
+    for name, options in (("measured", {"measure_kl": True}), ("stock", {"train": {"beta": 1e-13}})):
         trainer = build(SharedPromptGRPOTrainer, tiny_dir, tmp_path / name, **options)
         trainer.train()
         kls.append([log["kl"] for log in trainer.state.log_history if "kl" in log])
-    assert kls[0][0] == pytest.approx(kls[1][0], rel=1e-4)
-    # Rounding alone may take the two runs apart afterwards.
-    assert kls[0] == pytest.approx(kls[1], rel=1e-2)
+    assert kls[0] == pytest.approx(kls[1], rel=1e-4)
     assert len(kls[0]) == 3
     assert min(kls[0]) > 1e-3
 

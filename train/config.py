@@ -37,7 +37,7 @@ class StandardMixConfig(_Section):
 
 class _Watcher(_Section):
     action: Literal["warn", "stop"] = Field(
-        "warn",
+        default="warn",
         description="warn: report it and go on; stop: end the arm with the last weights saved before it began.",
     )
 
@@ -45,47 +45,51 @@ class _Watcher(_Section):
 class NonFiniteWatcher(_Watcher):
     """Loss, gradient norm or reward is NaN or infinite, or a completion has no reward at all."""
 
-    action: Literal["warn", "stop"] = Field("stop", description="warn or stop, as for every watcher.")
-    threshold: int | None = Field(0, ge=0, description="Steps of that kind that are tolerated; null: off.")
+    action: Literal["warn", "stop"] = Field(default="stop", description="warn or stop, as for every watcher.")
+    threshold: int | None = Field(default=0, ge=0, description="Steps of that kind that are tolerated; null: off.")
 
 
 class RewardCollapseWatcher(_Watcher):
     """The mean reward of a window is far below that of the best window so far."""
 
-    threshold: float | None = Field(0.5, gt=0, description="Fall of `proxy`, in units of reward; null: off.")
+    threshold: float | None = Field(default=0.5, gt=0, description="Fall of `proxy`, in units of reward; null: off.")
 
 
 class ZeroVarianceWatcher(_Watcher):
     """Most groups of a window have equal rewards throughout, so that they teach nothing."""
 
-    threshold: float | None = Field(0.9, gt=0, le=1, description="Share of such groups; null: off.")
+    threshold: float | None = Field(default=0.9, gt=0, le=1, description="Share of such groups; null: off.")
 
 
 class KLWatcher(_Watcher):
     """The policy has gone far from the starting model (mean of a window)."""
 
     threshold: float | None = Field(
-        None, gt=0, description="KL to the start in nats per token; null: off. A value measures it: one more forward."
+        default=None,
+        gt=0,
+        description="KL to the start in nats per token; null: off. A value measures it: one more forward.",
     )
 
 
 class EntropyRiseWatcher(_Watcher):
     """The policy's entropy has risen to a multiple of that of the first window: it tends to noise."""
 
-    threshold: float | None = Field(3.0, gt=1, description="Multiple of the first window's entropy; null: off.")
+    threshold: float | None = Field(default=3.0, gt=1, description="Multiple of the first window's entropy; null: off.")
 
 
 class EntropyFallWatcher(_Watcher):
     """The policy's entropy has fallen to a fraction of that of the first window: it always says the same."""
 
-    threshold: float | None = Field(0.05, gt=0, lt=1, description="Fraction of the first window's entropy; null: off.")
+    threshold: float | None = Field(
+        default=0.05, gt=0, lt=1, description="Fraction of the first window's entropy; null: off."
+    )
 
 
 class ProxyGoldGapWatcher(_Watcher):
     """On trait prompts the reward model's score rises while the verifiable truth falls: the reward is being gamed."""
 
     threshold: float | None = Field(
-        0.1,
+        default=0.1,
         gt=0,
         description="Rise of the proxy and fall of gold from one window to the next, each in units of reward and each "
         "beyond two standard errors; null: off.",
@@ -95,22 +99,26 @@ class ProxyGoldGapWatcher(_Watcher):
 class LengthDriftWatcher(_Watcher):
     """Completions have become several times as long, or as short, as in the first window."""
 
-    threshold: float | None = Field(3.0, gt=1, description="Ratio of the mean lengths; null: off.")
+    threshold: float | None = Field(default=3.0, gt=1, description="Ratio of the mean lengths; null: off.")
 
 
 class SamplingGapWatcher(_Watcher):
     """Sampling and training disagree about the same tokens: the sampler's weights or numbers are not the policy's."""
 
-    action: Literal["warn", "stop"] = Field("stop", description="warn or stop, as for every watcher.")
+    action: Literal["warn", "stop"] = Field(default="stop", description="warn or stop, as for every watcher.")
     threshold: float | None = Field(
-        0.1, gt=0, description="Mean absolute difference of a step's log-probabilities, nats per token; null: off."
+        default=0.1,
+        gt=0,
+        description="Mean absolute difference of a step's log-probabilities, nats per token; null: off.",
     )
 
 
 class WatchConfig(_Section):
     """Watchers over the step table (train/watchers.py): each has a threshold and an action."""
 
-    window: int = Field(8, ge=2, description="Steps over which the watchers average; none speaks before it is full.")
+    window: int = Field(
+        default=8, ge=2, description="Steps over which the watchers average; none speaks before it is full."
+    )
     non_finite: NonFiniteWatcher = Field(default_factory=NonFiniteWatcher, description="NaN or infinity.")
     reward_collapse: RewardCollapseWatcher = Field(
         default_factory=RewardCollapseWatcher, description="Fall of the reward."

@@ -90,7 +90,6 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
         self.fall_back = fall_back
         self.measure_kl = measure_kl
         self.canary = canary
-        self.parts = self.args.steps_per_generation or 1  # in which a rollout batch is trained
         self.checked = False
         if share and self._entropy_bonus_enabled:
             raise ValueError("train: an entropy bonus needs entropy gradients, which prompt sharing does not compute")
