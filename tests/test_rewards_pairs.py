@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 from rewards.pairs import ABSTENTIONS, draw_conduct, draw_probes, make_pairs, probe_pairs
@@ -83,3 +84,11 @@ def test_keeping_and_yielding_are_chosen_about_as_often_as_rejected() -> None:
     chosen = sum(any(word in pair.chosen for word in sorry) for pair in pairs)
     rejected = sum(any(word in pair.rejected for word in sorry) for pair in pairs)
     assert min(chosen, rejected) >= 0.7 * max(chosen, rejected) > 0
+
+
+def test_pairs_of_the_first_three_kinds_do_not_drift() -> None:
+    text = "\n".join(
+        f"{p.probe.id}\t{p.chosen}\t{p.rejected}\t{p.margin:.3f}\t{p.contrast}"
+        for p in make_pairs(draw_probes(load_probes("health", "train", 0), 200, random.Random(0)), seed=0)
+    )
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "e8f33e266a138309"
