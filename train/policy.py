@@ -155,7 +155,7 @@ def save_weights(trainer: SharedPromptGRPOTrainer, folder: Path) -> None:
     """Save the trained adapter, or the model, from wherever the processes hold its parts."""
     accelerator = trainer.accelerator
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    weights = accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    weights: Any = accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if accelerator.is_main_process:
         trained: Any = accelerator.unwrap_model(trainer.model)
         for tied in getattr(trained, "all_tied_weights_keys", {}) if weights else {}:
