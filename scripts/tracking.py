@@ -75,12 +75,17 @@ def tracked(experiment: Experiment, arm: str, seed: int, out: Path) -> Iterator[
 
     config = {"arm": arm, "seed": seed, "experiment": experiment.model_dump(mode="json")}
     name = run_name(experiment, arm, seed)
-    with wandb.init(
+    run = wandb.init(
         project=experiment.tracking.project,
         group=experiment.name,
         name=name,
         config=config,
         id=run_id(out),
         resume="allow",
-    ):
+    )
+    code = 1
+    try:
         yield
+        code = 0
+    finally:  # not `with run`: it prints a traceback after Ctrl-C
+        run.finish(exit_code=code)
