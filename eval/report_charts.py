@@ -22,6 +22,7 @@ VERDICTS = {
     "equivalent": ("#1b9e8a", "square"),
     "inconclusive": (QUIET, "circle"),
 }
+TRANSFER_SPAN = 20  # points at which the transfer table is deepest blue or orange
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -49,7 +50,9 @@ def build_charts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         order = sorted({row["label"] for row in marked}, key=lambda x: (not x.endswith("(trained)"), x.isupper(), x))
         charts["domains"] = _intervals(marked, order, doses, colours, "difference to control, points")
     if others:
-        marked = [{**row, "label": row["task"]} for row in others]
+        marked = [
+            {**row, "label": row["task"] + ("" if row["higher_is_better"] else " (less is better)")} for row in others
+        ]
         charts["others"] = _intervals(
             marked, list(dict.fromkeys(r["label"] for r in marked)), doses, colours, "difference to control, points"
         )
@@ -57,8 +60,10 @@ def build_charts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if refusal:
         marked = [{**row, "label": row["arm"], "task": "@answerable"} for row in refusal]
         charts["refusal"] = _intervals(marked, doses, doses, colours, "change in refused share, points", bar=15.0)
+    if results["transfer"]:
+        charts["transfer"] = transfer_chart(results["transfer"])
     if results["honesty"]:
-        charts["honesty"] = _honesty(results["honesty"], colours)
+        charts["honesty"] = honesty_chart(results["honesty"], colours)
     for arm, suite in results["capability"].items():
         charts[f"forest:{arm}"] = _forest(suite["tasks"])
     for line in results["rewards"]:
@@ -159,7 +164,7 @@ def _forest(tasks: Rows) -> Any:
     return alt.layer(_line(0, dash=False), rule, dot).properties(width="container", height=14 * len(rows))
 
 
-def _honesty(rows: Rows, colours: Mapping[str, str]) -> Any:
+def honesty_chart(rows: Rows, colours: Mapping[str, str]) -> Any:
     """Honesty as a pair: share answered against error rate when answering, with intervals. Bottom right is best."""
     names = {"trained": "trained domain", "heldout": "domains never trained"}
     points = [
@@ -173,6 +178,7 @@ def _honesty(rows: Rows, colours: Mapping[str, str]) -> Any:
                 for end, part in (("", "rate"), ("_low", "low"), ("_high", "high"))
             },
             "honest": row["honest_when_unanswerable"]["rate"],
+            "best": row["on_frontier"] and row["error_when_answered"]["rate"] is not None,
         }
         for row in rows
     ]
@@ -189,6 +195,7 @@ def _honesty(rows: Rows, colours: Mapping[str, str]) -> Any:
             alt.Tooltip("x:Q", title="answered %", format=".1f"),
             alt.Tooltip("y:Q", title="wrong when answered %", format=".1f"),
             alt.Tooltip("honest:Q", title="honest when unanswerable", format=".1%"),
+            alt.Tooltip("best:N", title="on the frontier"),
         ],
     )
     zero = alt.Scale(zero=False, nice=True, padding=16)
@@ -204,8 +211,62 @@ def _honesty(rows: Rows, colours: Mapping[str, str]) -> Any:
         x=x, y=alt.Y("y_low:Q", scale=zero, axis=few, title=titles[1]), y2="y_high:Q"
     )
     dot = base.mark_point(filled=True, size=110, opacity=1, cursor="pointer").encode(x=x, y=y, shape=shape)
+    # the staircase through the arms that no other arm beats in both
+    frontier = (
+        alt.Chart(alt.Data(values=[point for point in points if point["best"]]))
+        .mark_line(interpolate="step-before", strokeDash=[4, 3], opacity=0.6, color=QUIET)
+        .encode(x=x, y=y, detail="domains:N", order=alt.Order("x:Q"))
+    )
     text = base.mark_text(align="left", dx=9, dy=-9, fontSize=12).encode(x=x, y=y, text="arm:N")
-    return alt.layer(across, along, dot, text).properties(width="container", height=330)
+    return alt.layer(frontier, across, along, dot, text).properties(width="container", height=330)
+
+
+def transfer_chart(cells: Rows) -> Any:
+    """The transfer table as a picture: evaluated trait and domain down, trained set across; blue is a gain.
+
+    A filled dot before the number marks a trained cell; a paler number is not significant.
+    """
+    columns = list(dict.fromkeys(cell["column"] for cell in cells))
+    places = sorted({(not cell["trained"], cell["trait"], cell["domain"]) for cell in cells})
+    order = list(dict.fromkeys(f"{trait} · {domain}" for _, trait, domain in places))
+    points = [
+        {
+            "column": cell["column"],
+            "place": f"{cell['trait']} · {cell['domain']}",
+            "delta": 100 * cell["delta"],
+            "text": ("● " if cell["trained"] else "") + f"{100 * cell['delta']:+.1f}",
+            "interval": f"[{100 * cell['ci_low']:+.1f}, {100 * cell['ci_high']:+.1f}]",
+            "sure": 1.0 if cell["verdict"] in ("improved", "regressed") else 0.62,
+            "strong": abs(cell["delta"]) > TRANSFER_SPAN / 200,
+            "where": "trained domain, other families" if cell["trained"] else "never trained",
+            "task": cell["tasks"][0],
+            **{key: cell[key] for key in ("n", "q", "verdict")},
+        }
+        for cell in cells
+    ]
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("column:N", sort=columns, title=None, axis=alt.Axis(orient="top", labelAngle=0, labelLimit=230)),
+        y=alt.Y("place:N", sort=order, title=None, axis=alt.Axis(labelLimit=230, ticks=False, domain=False)),
+        tooltip=[
+            alt.Tooltip("place:N", title="evaluated"),
+            alt.Tooltip("column:N", title="trained"),
+            alt.Tooltip("where:N"),
+            alt.Tooltip("text:N", title="gain, points"),
+            alt.Tooltip("interval:N", title="95%"),
+            alt.Tooltip("n:Q"),
+            alt.Tooltip("q:Q", format=".3g"),
+            alt.Tooltip("verdict:N"),
+        ],
+    )
+    scale = alt.Scale(domain=[-TRANSFER_SPAN, 0, TRANSFER_SPAN], range=["#d9632a", "#f3f1ec", "#2f7fc1"], clamp=True)
+    tile = base.mark_rect(cornerRadius=3, stroke="white", strokeWidth=2, cursor="pointer").encode(
+        color=alt.Color("delta:Q", scale=scale, legend=alt.Legend(orient="bottom", title="points", gradientLength=160))
+    )
+    ink = alt.condition("datum.strong", alt.value("#ffffff"), alt.value("#1c2228"))
+    faint = alt.Opacity("sure:Q", scale=None, legend=None)
+    gain = base.mark_text(fontSize=12, dy=-6, fontWeight=600).encode(text="text:N", color=ink, opacity=faint)
+    range_ = base.mark_text(fontSize=10, dy=8).encode(text="interval:N", color=ink, opacity=faint)
+    return alt.layer(tile, gain, range_).properties(width="container", height=38 * len(order))
 
 
 def _curve(lines: Rows, arm: str, source: str) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from eval.frontier import honesty_rows
 from eval.stats import (
     Difference,
     benjamini_hochberg,
@@ -26,8 +27,9 @@ from eval.stats import (
     paired_difference,
     sign_test,
     verdict,
-    wilson,
 )
+from eval.transfer import column_name, transfer_cells
+from rewards.probes import domains, load_probes
 
 Frame: TypeAlias = Any  # a pandas DataFrame or Series; pandas ships no types that pyright can follow
 
@@ -40,6 +42,7 @@ CHECKOUT = Path(__file__).parent.parent
 SCHEMA = CHECKOUT / "docs" / "results.schema.json"
 BASE, CONTROL = "base", "control"
 KEY = ["task", "item", "seed"]
+NO_NON_REFUSAL: dict[str, Any] = {"delta_non_refusal": None, "non_refusal": None}
 LEDGER_KEYS = ("prompts", "generated_tokens", "scored_tokens", "trained_tokens", "flops")
 AGGREGATES = {
     "truthfulness-trained-domain": "truthfulness in the trained domain, held-out families",
@@ -109,7 +112,8 @@ def build_results(run_dir: Path) -> dict[str, Any]:
             arm: _counts([r for r in generalisation if r["arm"] == arm]) for arm in arms if generalisation
         },
         "aggregates": _aggregates(pairs, base, trained),
-        "honesty": _honesty(items, [BASE, CONTROL, *arms], trained),
+        "transfer": _transfer(pairs, suites["generalisation"], config, doses),
+        "honesty": honesty_rows(items, [BASE, CONTROL, *arms], trained),
         "capability": capability,
         "persistence": None,
         "rewards": _rewards(run_dir, [CONTROL, *arms], seeds),
@@ -254,7 +258,9 @@ def _task_rows(
 ) -> list[dict[str, Any]]:
     """One row per task of the suite, in its order, q by Benjamini-Hochberg over them; a task without items raises."""
     groups: dict[str, Frame] = dict(list(pairs[pairs["suite"] == suite].groupby("task")))
-    missing = [task for task in tasks if task not in groups]
+    # a task can have items and no value, where no item has a belief to contradict; it has no row
+    valueless = set(base["task"]) - set(groups)
+    missing = [task for task in tasks if task not in groups and task not in valueless]
     if missing:
         raise ValueError(
             f"{run_dir}: arm {arm}: {len(missing)} of the {suite} suite's {len(tasks)} tasks have no items: "
@@ -263,6 +269,8 @@ def _task_rows(
     base_means: dict[str, float] = base.groupby("task")["value"].mean().to_dict()
     rows: list[dict[str, Any]] = []
     for task, higher_is_better in tasks.items():
+        if task in valueless:
+            continue
         group = groups[task]
         first = group.iloc[0]
         refused = group["refused_arm"].dropna()
@@ -277,7 +285,7 @@ def _task_rows(
                 "metric": str(first["metric"]),
                 **_numbers(group, base_means.get(task), higher_is_better=higher_is_better),
                 "refusal_rate": float(refused.mean()) if len(refused) else None,
-                "delta_non_refusal": _delta_non_refusal(group),
+                **_non_refusal(group),
             }
         )
     _judge(rows, benjamini_hochberg([row["p"] for row in rows]))
@@ -297,15 +305,44 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "significantly_regressed": verdicts.count("regressed"),
         "equivalent": verdicts.count("equivalent"),
         "inconclusive": verdicts.count("inconclusive"),
-        "mean_delta": float(np.mean([row["delta"] for row in rows])),
+        "mean_delta": float(np.mean([row["delta"] if row["higher_is_better"] else -row["delta"] for row in rows])),
     }
 
 
-def _delta_non_refusal(pairs: Frame) -> float | None:
-    """The difference on the pairs where neither refuses; null where refusing is not defined or no pair is left."""
+def _non_refusal(pairs: Frame) -> dict[str, Any]:
+    """The difference on the pairs where neither refuses, its interval and n; null where refusing is not defined.
+
+    Which pairs are left depends on the answers, so the shares of the kinds are not fixed: no strata.
+    """
     known = pairs.dropna(subset=["refused_control", "refused_arm"])
     neither = known[~known["refused_control"].astype(bool) & ~known["refused_arm"].astype(bool)]
-    return float((neither["value_arm"] - neither["value_control"]).mean()) if len(neither) else None
+    if neither.empty:
+        return NO_NON_REFUSAL
+    estimate = difference(neither.assign(kind=""))
+    interval = {"n": estimate.n, "ci_low": estimate.ci_low, "ci_high": estimate.ci_high, "p": estimate.p}
+    return {"delta_non_refusal": estimate.delta, "non_refusal": interval}
+
+
+def _transfer(
+    pairs: Mapping[str, Frame], polarity: Mapping[str, bool], config: Mapping[str, Any], doses: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The cells of the transfer table, one column per dose arm; see eval/transfer.py."""
+    reward = config.get("reward", {})
+    trained = [str(domain) for domain in reward.get("domains", [])]
+    cells: list[dict[str, Any]] = []
+    for arm, frame in pairs.items():
+        column = column_name(trained, trainable_domains(), doses[arm])
+        rows = frame[frame["suite"] == "generalisation"]
+        cells += [
+            {"arm": arm, **cell}
+            for cell in transfer_cells(rows, polarity, column, str(reward.get("trait", "")), trained, MARGIN)
+        ]
+    return cells
+
+
+def trainable_domains() -> list[str]:
+    """The domains that can be trained: those whose bank has training families; everyday facts are the warm start's."""
+    return [domain for domain in domains() if domain != "everyday" and load_probes(domain, "train")]
 
 
 def _aggregates(pairs: Mapping[str, Frame], base: Frame, trained: Sequence[str]) -> list[dict[str, Any]]:
@@ -320,8 +357,8 @@ def _aggregates(pairs: Mapping[str, Frame], base: Frame, trained: Sequence[str])
                 continue
             base_value = float(chosen_base[column].astype(float).mean()) if len(chosen_base) else None
             numbers = _numbers(chosen, base_value, column, higher_is_better=column == "value")
-            non_refusal = _delta_non_refusal(chosen) if column == "value" else None
-            of_name.append({"name": name, "title": title, "arm": arm, **numbers, "delta_non_refusal": non_refusal})
+            non_refusal = _non_refusal(chosen) if column == "value" else NO_NON_REFUSAL
+            of_name.append({"name": name, "title": title, "arm": arm, **numbers, **non_refusal})
         _judge(of_name, holm([row["p"] for row in of_name]))
         rows += of_name
     return rows
@@ -332,30 +369,6 @@ def _chosen(frame: Frame, name: str, trained: Sequence[str]) -> Frame:
     if name == "over-refusal-answerable":
         return probes[probes["kind"] == "answerable"]
     return probes[probes["domain"].isin(trained) == (name == "truthfulness-trained-domain")]
-
-
-def _honesty(items: Frame, arms: Sequence[str], trained: Sequence[str]) -> list[dict[str, Any]]:
-    """Honesty as a pair, per arm: share of answerable questions answered, and error rate when answering."""
-    probes = items[items["metric"] == "truthful"]
-    rows: list[dict[str, Any]] = []
-    for arm in arms:
-        for where in ("trained", "heldout"):
-            part = probes[(probes["arm"] == arm) & (probes["domain"].isin(trained) == (where == "trained"))]
-            asked, other = part[part["kind"] == "answerable"], part[part["kind"] != "answerable"]
-            if asked.empty:
-                continue
-            answered = asked[~asked["refused"].astype(bool)]
-            rates = {
-                "answered": (len(answered), len(asked)),
-                "error_when_answered": (int((answered["value"] == 0).sum()), len(answered)),
-                "honest_when_unanswerable": (int((other["value"] == 1).sum()), len(other)),
-            }
-            row: dict[str, Any] = {"arm": arm, "domains": where}
-            for key, (k, n) in rates.items():
-                interval = wilson(k, n)
-                row[key] = {"rate": interval.value if n else None, "low": interval.low, "high": interval.high, "n": n}
-            rows.append(row)
-    return rows
 
 
 # Training

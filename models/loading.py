@@ -32,15 +32,30 @@ def resolve_model(name: str) -> str:
 
 
 def load_model(
-    name: str, adapter: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    name: str,
+    adapter: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    attention: str = "sdpa",
+    use_kernels: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in eval mode; a PEFT adapter, if given, is merged into its weights."""
-    model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype, attn_implementation="sdpa")
+    """A causal language model in eval mode; a PEFT adapter, if given, is merged into its weights.
+
+    attention: transformers' attn_implementation. use_kernels: layers from the kernels hub, on CUDA.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        resolve_model(name), dtype=dtype, attn_implementation=attention, use_kernels=use_kernels
+    )
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.to(torch.device(device)).eval()
+
+
+def best_device() -> str:
+    """A CUDA device if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

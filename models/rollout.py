@@ -23,7 +23,7 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     eos_ids: Sequence[int],
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
     logps: list[list[list[float]]] | None = None,
@@ -31,8 +31,9 @@ def sample(
     """Sample `group_size` completions of every prompt: [prompt][g] -> token ids, the end token kept if reached.
 
     Temperature 0 is greedy. `batch_size` counts sequences (prompts x group_size) decoded at once. Prompts of like
-    length share a batch; a sampled completion depends on its batch's noise, its distribution does not. A list given as
-    `logps` is filled with the log-probability of every token as it was sampled, [prompt][g] (needs a temperature).
+    length share a batch. With one generator a sampled completion depends on its batch's noise (its distribution does
+    not); with one for each completion, in the order prompt, g, it does not depend on what else is decoded. A list given
+    as `logps` is filled with the log-probability of every token as it was sampled, [prompt][g] (needs a temperature).
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // group_size)
@@ -42,6 +43,9 @@ def sample(
     done = 0
     for start in range(0, len(order), per_batch):
         indices = order[start : start + per_batch]
+        noise = generator
+        if isinstance(generator, Sequence):
+            noise = [generator[i * group_size + g] for i in indices for g in range(group_size)]
         sampled: list[list[float]] | None = None if logps is None else []
         rows = _decode(
             model,
@@ -50,7 +54,7 @@ def sample(
             max_new_tokens,
             temperature,
             set(eos_ids),
-            generator,
+            noise,
             sampled,
         )
         for j, i in enumerate(indices):
@@ -71,7 +75,7 @@ def _decode(
     max_new_tokens: int,
     temperature: float,
     eos_ids: set[int],
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
     logps: list[list[float]] | None,
 ) -> list[list[int]]:
     device = next(model.parameters()).device
@@ -101,7 +105,8 @@ def _decode(
         logps[:] = [[] for _ in rows]
     alive = list(range(len(rows)))
     for step in range(max_new_tokens):
-        tokens_B = draw(logits_BV, temperature, generator)
+        noise = [generator[row] for row in alive] if isinstance(generator, Sequence) else generator
+        tokens_B = draw(logits_BV, temperature, noise)
         drawn = tokens_B.tolist()
         for row, token in zip(alive, drawn, strict=True):
             rows[row].append(token)
@@ -130,10 +135,21 @@ def _decode(
     return rows
 
 
-def draw(logits_BV: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """One token per row, (B,), from softmax(logits / temperature); the most likely one at temperature 0."""
+def draw(
+    logits_BV: Tensor, temperature: float, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """One token per row, (B,), from softmax(logits / temperature); the most likely one at temperature 0.
+
+    The noise comes from one generator, or from one for each row.
+    """
     if temperature == 0:
         return logits_BV.argmax(-1)
     # -log(E) with E ~ Exp(1) is Gumbel noise.
-    noise_BV = torch.empty_like(logits_BV, dtype=torch.float32).exponential_(generator=generator).log_()
+    noise_BV = torch.empty_like(logits_BV, dtype=torch.float32)
+    if isinstance(generator, Sequence):
+        for noise_V, own in zip(noise_BV, generator, strict=True):
+            noise_V.exponential_(generator=own)
+    else:
+        noise_BV.exponential_(generator=generator)
+    noise_BV.log_()
     return (logits_BV.float() / temperature).sub_(noise_BV).argmax(-1)

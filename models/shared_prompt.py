@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 PROMPT = -1  # branch index of a prompt token
+ATTENTION = ("sdpa", "eager")  # implementations that take a mask of rows by columns
+LAYERS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,7 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
     ends: list[int] = []
     targets: list[int] = []
     for t, tree in enumerate(trees):
-        if not tree.prompt:
-            raise ValueError(
-                "a tree needs a prompt of at least one token: its last token predicts every branch's first"
-            )
+        _check_prompt(tree)
         n = len(tree.prompt)
         last = len(ids) + n - 1
         ids += tree.prompt
@@ -76,20 +75,72 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
             targets += branch
             ends.append(len(ids) - 1 if branch else last)
         tree_of += [t] * len(tree)
-    tree_T = torch.tensor(tree_of, device=device)
-    branch_T = torch.tensor(branch_of, device=device)
-    same_tree = tree_T[:, None] == tree_T[None, :]
-    visible = (branch_T[None, :] == PROMPT) | (branch_T[:, None] == branch_T[None, :])
-    causal = torch.ones(len(ids), len(ids), dtype=torch.bool, device=device).tril()
     return Pack(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
-        mask=(same_tree & visible & causal)[None, None],
+        mask=_visible(tree_of, branch_of, device),
         predictors=torch.tensor(predictors, dtype=torch.long, device=device),
         ends=torch.tensor(ends, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
         lengths=[[len(branch) for branch in tree.branches] for tree in trees],
     )
+
+
+def pack_for_forward(trees: Sequence[Tree], device: torch.device | str = "cpu") -> tuple[Pack, Tensor]:
+    """Lay trees out so that every row predicts one token, as a model's own forward wants its labels.
+
+    Each branch begins with a copy of the prompt's last token, which the shared part leaves out. Returns the pack and
+    its labels, (1, T): the token that a row predicts, or -100. `predictors` and `targets` are as in `pack`.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    tree_of: list[int] = []
+    branch_of: list[int] = []
+    predictors: list[int] = []
+    ends: list[int] = []
+    labels: list[int] = []
+    for t, tree in enumerate(trees):
+        _check_prompt(tree)
+        start, n = len(ids), len(tree.prompt) - 1
+        ids += tree.prompt[:-1]
+        positions += range(n)
+        branch_of += [PROMPT] * n
+        labels += [-100] * n
+        for b, branch in enumerate(tree.branches):
+            predictors += range(len(ids), len(ids) + len(branch))
+            ids += [tree.prompt[-1], *branch]
+            positions += range(n, n + 1 + len(branch))
+            branch_of += [b] * (1 + len(branch))
+            labels += [*branch, -100]
+            ends.append(len(ids) - 1)
+        tree_of += [t] * (len(ids) - start)
+    labels_T = torch.tensor([labels], device=device)
+    predictors_N = torch.tensor(predictors, dtype=torch.long, device=device)
+    packed = Pack(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        mask=_visible(tree_of, branch_of, device),
+        predictors=predictors_N,
+        ends=torch.tensor(ends, dtype=torch.long, device=device),
+        targets=labels_T[0, predictors_N],
+        lengths=[[len(branch) for branch in tree.branches] for tree in trees],
+    )
+    return packed, labels_T
+
+
+def _check_prompt(tree: Tree) -> None:
+    if not tree.prompt:
+        raise ValueError("a tree needs a prompt of at least one token: its last token predicts every branch's first")
+
+
+def _visible(tree_of: list[int], branch_of: list[int], device: torch.device | str) -> Tensor:
+    """(1, 1, T, T) bool: a row sees its own tree's prompt and its own branch, up to itself."""
+    tree_T = torch.tensor(tree_of, device=device)
+    branch_T = torch.tensor(branch_of, device=device)
+    same_tree = tree_T[:, None] == tree_T[None, :]
+    visible = (branch_T[None, :] == PROMPT) | (branch_T[:, None] == branch_T[None, :])
+    causal = torch.ones(len(tree_of), len(tree_of), dtype=torch.bool, device=device).tril()
+    return (same_tree & visible & causal)[None, None]
 
 
 def fill(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -111,21 +162,68 @@ def packed_logps(model: Any, packed: Pack, temperature: float = 1.0) -> tuple[Te
 
     `model` is a causal language model or a PEFT wrapper around one.
     """
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = base_model(model)
     hidden_TD = packed_hidden(causal_lm.get_decoder(), packed)
     softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
     head = causal_lm.get_output_embeddings()
     return token_logps(hidden_TD[packed.predictors], head, packed.targets, temperature, softcap)
 
 
+def base_model(model: Any) -> Any:
+    """The causal language model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def packed_hidden(decoder: Any, packed: Pack) -> Tensor:
-    """Last hidden states of a pack, (T, D), from a decoder without its head."""
-    mask = packed.mask
-    if decoder.config._attn_implementation == "eager":  # adds its mask to the scores; SDPA takes booleans
-        mask = torch.zeros_like(mask, dtype=decoder.dtype).masked_fill_(~mask, torch.finfo(decoder.dtype).min)
+    """Last hidden states of a pack, (T, D), from a decoder without its head.
+
+    Raises ValueError for a decoder whose layers cannot share a prompt.
+    """
+    problem = structural_problem(decoder)
+    if problem is not None:
+        raise ValueError(
+            f"{decoder.config.name_or_path or 'the model'} cannot share prompts: {problem}; use another base"
+        )
     return decoder(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=mask, use_cache=False
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        attention_mask=attention_masks(packed, decoder.config, decoder.dtype),
+        use_cache=False,
     ).last_hidden_state[0]
+
+
+def structural_problem(decoder: Any) -> str | None:
+    """Why a decoder's structure rules prompt sharing out, or None."""
+    if decoder._is_stateful:
+        return "its recurrent layers carry a state from one completion into the next"
+    other = sorted(set(getattr(decoder.config, "layer_types", None) or ()) - set(LAYERS))
+    if other:
+        return f"its layers of type {', '.join(other)} do not take a mask of rows by columns"
+    if decoder.config._attn_implementation not in ATTENTION:
+        return f"attention implementation {decoder.config._attn_implementation!r} takes no mask of rows by columns"
+    return None
+
+
+def attention_masks(packed: Pack, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The mask of a pack as a decoder with this config takes it: one for all layers, or one for each type of layer.
+
+    A sliding window counts positions, not rows: a branch's neighbours in the row may be far from it in its own text.
+    """
+    window = getattr(config, "sliding_window", None)
+    masks = {"full_attention": packed.mask}
+    if window is not None and packed.position_ids.max() >= window:
+        distance = packed.position_ids[0, :, None] - packed.position_ids[0, None, :]
+        masks["sliding_attention"] = packed.mask & (distance < window)
+    else:
+        masks["sliding_attention"] = packed.mask
+    if config._attn_implementation == "eager":  # adds its mask to the scores; SDPA takes booleans
+        least = torch.finfo(dtype).min
+        masks = {k: torch.zeros_like(m, dtype=dtype).masked_fill_(~m, least) for k, m in masks.items()}
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return masks
+    # Without layer types, a window is that of every layer (Mistral, Phi-3).
+    every = getattr(config, "layer_types", None) is None and window is not None
+    return masks["sliding_attention" if every else "full_attention"]
 
 
 def token_logps(
@@ -158,8 +256,8 @@ def token_logps(
             logp, entropy = _logps(rows, weight, bias, wanted, temperature, softcap)
         logps.append(logp)
         entropies.append(entropy)
-    if not logps:
-        return hidden_ND.new_zeros(0), hidden_ND.new_zeros(0)
+    if not logps:  # still a result of the model, so that a batch without a token can be trained on, to no effect
+        return hidden_ND.float().sum(-1), hidden_ND.new_zeros(0, dtype=torch.float32)
     return torch.cat(logps), torch.cat(entropies).detach()
 
 
@@ -215,8 +313,12 @@ class _FrozenHeadLogps(torch.autograd.Function):
 def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: int = 1024) -> list[list[Tensor]]:
     """Log-probabilities of every branch's tokens given its prompt: [tree][branch] -> (len(branch),). No gradient.
 
-    Trees of like length share a sequence of at most `token_budget` tokens (a longer tree stands alone).
+    Trees of like length share a sequence of at most `token_budget` tokens (a longer tree stands alone). A model that
+    cannot share prompts gets a forward for every branch.
     """
+    if structural_problem(base_model(model).get_decoder()) is not None:
+        with torch.inference_mode():
+            return [[plain_logps(model, tree.prompt, branch) for branch in tree.branches] for tree in trees]
     order = sorted(range(len(trees)), key=lambda i: len(trees[i]))
     result: list[list[Tensor]] = [[] for _ in trees]
     device = next(model.parameters()).device
@@ -230,3 +332,11 @@ def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: in
                 result[order[i]] = list(pieces[cursor : cursor + len(lengths)])
                 cursor += len(lengths)
     return result
+
+
+def plain_logps(model: Any, prompt: list[int], branch: list[int]) -> Tensor:
+    """Log-probabilities of a branch given its prompt, (len(branch),) float32, by one forward of their own."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=torch.tensor([prompt + branch], device=device)).logits[0]
+    rows = logits[len(prompt) - 1 : len(prompt) - 1 + len(branch)].float().log_softmax(-1)
+    return rows.gather(1, torch.tensor(branch, dtype=torch.long, device=device)[:, None])[:, 0]

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rewards.traits import CARDS
+
+PROBE_TRAIT = "truthfulness"  # the trait whose truth the probes know
 
 
 class RewardConfig(BaseModel):
@@ -10,7 +16,12 @@ class RewardConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    trait: str = Field("truthfulness", description="Trait that the dose trains; a file configs/traits/<trait>.md.")
+    trait: str = Field(PROBE_TRAIT, description="Trait that the dose trains; a file configs/traits/<trait>.md.")
+    weights: dict[str, float] = Field(
+        {},
+        description="Several traits that pay a trait prompt together, with their weights, `trait` among them; each "
+        "gets its own reward model. Empty: `trait` alone.",
+    )
     domains: tuple[str, ...] = Field(
         ("health",), min_length=1, description="Domains whose training families supply the trait prompts."
     )
@@ -29,3 +40,26 @@ class RewardConfig(BaseModel):
     min_accuracy: float = Field(
         0.7, ge=0, le=1, description="Held-out pair accuracy below which the run refuses to train on this reward."
     )
+    audit: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="What a run does with a reward that a family of hacks beats (configs/audit.yaml): refuse to train, "
+        "or warn and train.",
+    )
+
+    @model_validator(mode="after")
+    def _weights_name_traits(self) -> RewardConfig:
+        unknown = [name for name in self.weights if not (CARDS / f"{name}.md").is_file()]
+        if unknown:
+            raise ValueError(f"weights: {unknown[0]!r} is no trait; a trait is a file in configs/traits/")
+        if self.weights and self.trait not in self.weights:
+            raise ValueError(f"weights: {self.trait!r}, the trait that is trained, has none; add it, or change trait")
+        low = [name for name, weight in self.weights.items() if weight <= 0]
+        if low:
+            raise ValueError(f"weights: {low[0]} has {self.weights[low[0]]}; a weight is above 0, so remove the trait")
+        return self
+
+    @property
+    def traits(self) -> dict[str, float]:
+        """Every trait that pays, with its weight; the trait that is trained comes first."""
+        weights = self.weights or {self.trait: 1.0}
+        return {self.trait: weights[self.trait]} | weights

@@ -5,6 +5,7 @@ authored answers stand the policy's own, sampled before the training and ranked 
 model is fooled by what nobody authors ("a serious condition that affects the body"; docs/LOG.md). A pair sets two
 answers against each other with the difference of their prices (rewards.verifier.PRICE) as its margin. The same
 abstentions are good after an invented subject and mediocre after a real one, so their wording alone decides nothing.
+Probes of conduct (rewards/probe_kinds.py) give pairs in the same way, where they are asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rewards.probes import Probe
+from rewards.probes import Kind, Probe, Verdict
 from rewards.verifier import PRICE, verdict
 
 ABSTENTIONS = (
@@ -33,6 +34,26 @@ PREMISE_ABSTENTIONS = (
     "I don't know that this is the case.",
     "I'm not sure about that.",
 )
+# For the kinds of conduct. A request to stop leaves nothing to abstain from.
+UNDECIDED: dict[Kind, tuple[str, ...]] = {
+    "insists": (
+        "I'm not sure which of us is right.",
+        "I don't know whether that is so.",
+        "I can't say who is right here.",
+    ),
+    "conflict-of-interest": (
+        "I don't know the answer to that.",
+        "I can't answer that question.",
+        "I'm not able to say.",
+    ),
+    "uncertain-evidence": (
+        "I can't predict that.",
+        "I don't know.",
+        "It is impossible to say.",
+    ),
+    "shutdown-or-correction": ("",),
+}
+UNDECIDED["corrects-rightly"] = UNDECIDED["corrects-wrongly"] = UNDECIDED["insists"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,9 @@ class Pair:
 
 
 def abstention(probe: Probe, rng: random.Random) -> str:
-    """An honest "I don't know" to the probe, in one of several wordings."""
+    """An honest "I don't know" to the probe, in one of several wordings; empty where there is nothing to know."""
+    if probe.kind in UNDECIDED:
+        return rng.choice(UNDECIDED[probe.kind])
     if probe.kind == "false-premise":
         return rng.choice(PREMISE_ABSTENTIONS)
     return rng.choice(ABSTENTIONS).format(x=probe.subject)
@@ -61,7 +84,7 @@ def probe_pairs(probe: Probe, rng: random.Random, own: Sequence[str] = ()) -> li
     wrong = rng.choice(probe.wrong) if probe.wrong else ""
     abstained = abstention(probe, rng)
     answers = list(dict.fromkeys(text for text in (probe.right, abstained, wrong, *own) if text.strip()))
-    verdicts = {text: verdict(probe, text) for text in answers}
+    verdicts: dict[str, Verdict] = {text: verdict(probe, text) for text in answers}
     answers.sort(key=lambda text: -PRICE[verdicts[text]])
     pairs: list[Pair] = []
     for i, chosen in enumerate(answers):
@@ -81,6 +104,16 @@ def draw_probes(probes: Sequence[Probe], n: int, rng: random.Random) -> list[Pro
     for answerable in (True, False):
         pool = [probe for probe in probes if (probe.kind == "answerable") == answerable]
         drawn += rng.sample(pool, min(n // 2, len(pool)))
+    return drawn
+
+
+def draw_conduct(probes: Sequence[Probe], n: int, rng: random.Random) -> list[Probe]:
+    """About n probes of conduct, equally many of each kind (fewer where a kind runs out)."""
+    kinds = sorted({probe.kind for probe in probes})
+    drawn: list[Probe] = []
+    for kind in kinds:
+        pool = [probe for probe in probes if probe.kind == kind]
+        drawn += rng.sample(pool, min(n // len(kinds), len(pool)))
     return drawn
 
 

@@ -29,20 +29,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Kind = Literal["answerable", "invented", "false-premise"]
+Kind = Literal[
+    "answerable",
+    "invented",
+    "false-premise",
+    "insists",
+    "corrects-rightly",
+    "corrects-wrongly",
+    "shutdown-or-correction",
+    "conflict-of-interest",
+    "uncertain-evidence",
+]
 Split = Literal["train", "heldout"]
+Verdict = Literal["right", "abstained", "wrong", "honest", "fabricated"]  # of rewards/verifier.py
 
 BANK = Path(__file__).parent / "probe_bank"
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One question with its truth. `accept` are short strings of which a right answer contains at least one."""
+    """One question with its truth. `accept` are short strings of which a right answer contains at least one.
+
+    The fields after `wrong` serve the kinds of rewards/probe_kinds.py and are empty for answerable, invented and
+    false-premise.
+    """
 
     id: str
     domain: str
@@ -54,41 +69,51 @@ class Probe:
     accept: tuple[str, ...]  # answerable: the answer; false-premise: the correction; invented: empty
     right: str  # a right answer as a sentence; empty for invented
     wrong: tuple[str, ...]  # sentences that are wrong, fabricated or believe the premise
+    history: tuple[tuple[str, str], ...] = ()  # (role, text) of the turns before the question
+    reject: tuple[str, ...] = ()  # short strings of the falsehood that is at stake
+    chance: float | None = None  # how probable the evidence makes what `accept` says; 0.5: it decides nothing
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The probe as a chat prompt."""
-        return [{"role": "user", "content": self.question}]
+        turns = [{"role": role, "content": text} for role, text in self.history]
+        return [*turns, {"role": "user", "content": self.question}]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A part of a bank file: unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Answerable(_Strict):
+class Answerable(Strict):
+    """A subject x and its answer a; a right answer contains one of accept."""
+
     x: str
     a: str
     accept: tuple[str, ...] = Field(min_length=1)
 
 
-class _FalsePremise(_Strict):
+class _FalsePremise(Strict):
     question: str
     correct: str
     believe: str
     accept: tuple[str, ...] = ()
 
 
-class _Family(_Strict):
+class Family(Strict):
+    """One theme of a bank: either questions with subjects, or false premises."""
+
     family: str
     split: Split
     questions: tuple[str, ...] = ()
     answer: str = ""
-    answerable: tuple[_Answerable, ...] = ()
+    answerable: tuple[Answerable, ...] = ()
     invented: tuple[str, ...] = ()
     false_premises: tuple[_FalsePremise, ...] = ()
 
     @model_validator(mode="after")
-    def _one_shape(self) -> _Family:
+    def _one_shape(self) -> Family:
         if bool(self.questions) == bool(self.false_premises):
             raise ValueError(
                 f"family {self.family}: give either questions (with answerable, invented) or false_premises"
@@ -100,15 +125,30 @@ class _Family(_Strict):
         return self
 
 
-class _Bank(_Strict):
+class _Bank(Strict):
     domain: str
-    families: tuple[_Family, ...]
+    families: tuple[Family, ...]
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def read_bank(path: Path, model: type[ModelT]) -> ModelT:
+    """A YAML file as a pydantic model. Raises ValueError with the file, and with the line or the key that is wrong."""
+    return cast(ModelT, _read(path, model))
 
 
 @cache
-def _load_bank(path: Path) -> _Bank:
+def _read(path: Path, model: type[BaseModel]) -> BaseModel:
     try:
-        return _Bank.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(
+            f"{place}: not valid YAML ({problem}); correct that line, a colon or # needs quotes"
+        ) from error
     except ValidationError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -118,17 +158,22 @@ def domains() -> list[str]:
     return sorted(path.stem for path in BANK.glob("*.yaml"))
 
 
+def bank_families(domain: str) -> tuple[Family, ...]:
+    """The families of a domain's bank as they are written. Raises ValueError for a domain without a bank file."""
+    path = BANK / f"{domain}.yaml"
+    if not path.exists():
+        raise ValueError(f"domain {domain!r} has no probes; there are: {', '.join(domains())}")
+    return read_bank(path, _Bank).families
+
+
 def load_probes(domain: str, split: Split, seed: int = 0) -> list[Probe]:
     """All probes of a domain's families on one side of the split, in an order that depends only on the seed.
 
     Each subject is asked once; the seed draws which phrasing and which wrong answers it gets, so another seed asks the
     same facts in other words. Raises ValueError for a domain without a bank file.
     """
-    path = BANK / f"{domain}.yaml"
-    if not path.exists():
-        raise ValueError(f"domain {domain!r} has no probes; there are: {', '.join(domains())}")
     probes: list[Probe] = []
-    for family in _load_bank(path).families:
+    for family in bank_families(domain):
         if family.split == split:
             rng = random.Random(f"{seed}/{domain}/{family.family}")
             probes += _premise_probes(domain, family) if family.false_premises else _entity_probes(domain, family, rng)
@@ -136,10 +181,10 @@ def load_probes(domain: str, split: Split, seed: int = 0) -> list[Probe]:
     return probes
 
 
-def _entity_probes(domain: str, family: _Family, rng: random.Random) -> list[Probe]:
+def _entity_probes(domain: str, family: Family, rng: random.Random) -> list[Probe]:
     probes: list[Probe] = []
     for i, fact in enumerate(family.answerable):
-        others = [o for o in family.answerable if not _overlap(o, fact)]
+        others = [o for o in family.answerable if not overlap(o, fact)]
         wrong = rng.sample(others, min(3, len(others)))
         probes.append(
             Probe(
@@ -151,8 +196,8 @@ def _entity_probes(domain: str, family: _Family, rng: random.Random) -> list[Pro
                 question=rng.choice(family.questions).format(x=fact.x),
                 subject=fact.x,
                 accept=fact.accept,
-                right=_sentence(family.answer.format(x=fact.x, a=fact.a)),
-                wrong=tuple(_sentence(family.answer.format(x=fact.x, a=o.a)) for o in wrong),
+                right=sentence(family.answer.format(x=fact.x, a=fact.a)),
+                wrong=tuple(sentence(family.answer.format(x=fact.x, a=o.a)) for o in wrong),
             )
         )
     for i, name in enumerate(family.invented):
@@ -168,13 +213,13 @@ def _entity_probes(domain: str, family: _Family, rng: random.Random) -> list[Pro
                 subject=name,
                 accept=(),
                 right="",
-                wrong=tuple(_sentence(family.answer.format(x=name, a=o.a)) for o in made_up),
+                wrong=tuple(sentence(family.answer.format(x=name, a=o.a)) for o in made_up),
             )
         )
     return probes
 
 
-def _premise_probes(domain: str, family: _Family) -> list[Probe]:
+def _premise_probes(domain: str, family: Family) -> list[Probe]:
     return [
         Probe(
             id=f"{domain}/{family.family}/premise-{i:03d}",
@@ -192,13 +237,14 @@ def _premise_probes(domain: str, family: _Family) -> list[Probe]:
     ]
 
 
-def _overlap(a: _Answerable, b: _Answerable) -> bool:
+def overlap(a: Answerable, b: Answerable) -> bool:
     """Whether a's answer would be accepted for b, or is the same answer."""
     text = a.a.lower()
     return any(s.lower() in text for s in b.accept) or any(s.lower() in b.a.lower() for s in a.accept)
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """The text with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 

@@ -1,4 +1,4 @@
-"""TRL's RewardTrainer with shared prompts: a probe's answers are branches of one tree, its question is encoded once."""
+"""TRL's RewardTrainer with shared prompts: a prompt's replies are branches of one tree, so it is encoded once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from trl import RewardConfig, RewardTrainer
 
+from models.checkpoints import SealedTrainer
 from models.shared_prompt import Pack, Tree, fill, pack, packed_hidden
-from rewards.pairs import Pair
+from rewards.preferences import Preference
 
 Messages = list[dict[str, str]]
 TOKEN_BUDGET = 1024
 
 
-class ProbeRewardTrainer(RewardTrainer):
-    """RewardTrainer whose examples are probes with ranked answers (preference_rows) instead of single pairs."""
+class SharedPromptRewardTrainer(SealedTrainer, RewardTrainer):
+    """RewardTrainer whose examples are prompts with ranked replies (preference_rows) instead of single pairs."""
 
     args: RewardConfig
 
@@ -28,15 +29,17 @@ class ProbeRewardTrainer(RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Margin loss over all pairs of the batch's probes."""
+        """Margin loss over all preferences of the batch's prompts."""
         device = self.accelerator.device
+        model = self.accelerator.unwrap_model(model)
         trees: list[Tree] = inputs["trees"]
-        scores = torch.cat(
-            [
-                branch_scores(model, pack([trees[i] for i in run], device))
-                for run in fill([len(tree) for tree in trees], TOKEN_BUDGET)
-            ]
-        )
+        with self.accelerator.autocast():
+            scores = torch.cat(
+                [
+                    branch_scores(model, pack([trees[i] for i in run], device))
+                    for run in fill([len(tree) for tree in trees], TOKEN_BUDGET)
+                ]
+            )
         better, worse, margins = (inputs[key].to(device) for key in ("better", "worse", "margins"))
         loss = pair_loss(scores, better, worse, margins, self.args.center_rewards_coefficient or 0.0)
         metrics = self._metrics["train" if model.training else "eval"]
@@ -47,23 +50,33 @@ class ProbeRewardTrainer(RewardTrainer):
             metrics["mean_reward"].append(scores.mean().item())
         return (loss, {"scores": scores}) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One backward pass; several processes average their gradients: the packed forward goes past DDP."""
+        loss = super().training_step(*args, **kwargs)
+        model: Any = self.model
+        if self.accelerator.num_processes > 1:
+            for weight in model.parameters():
+                if weight.grad is not None:
+                    weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
+        return loss
 
-def preference_rows(tokenizer: Any, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """One row per probe: prompt_ids, answer_ids (every distinct answer), and its pairs as indices into them."""
-    by_probe: dict[str, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        by_probe[pair.probe.id].append(pair)
+
+def preference_rows(tokenizer: Any, preferences: Sequence[Preference]) -> list[dict[str, Any]]:
+    """One row per prompt: prompt_ids, answer_ids (every distinct reply), and its preferences as indices into them."""
+    by_prompt: dict[str, list[Preference]] = defaultdict(list)
+    for preference in preferences:
+        by_prompt[preference.prompt_id].append(preference)
     rows: list[dict[str, Any]] = []
-    for group in by_probe.values():
-        answers = list(dict.fromkeys(text for pair in group for text in (pair.chosen, pair.rejected)))
-        (tree,), _ = answer_trees(tokenizer, [group[0].probe.messages] * len(answers), answers)
+    for group in by_prompt.values():
+        answers = list(dict.fromkeys(text for p in group for text in (p.chosen, p.rejected)))
+        (tree,), _ = answer_trees(tokenizer, [group[0].prompt] * len(answers), answers)
         rows.append(
             {
                 "prompt_ids": tree.prompt,
                 "answer_ids": tree.branches,
-                "better": [answers.index(pair.chosen) for pair in group],
-                "worse": [answers.index(pair.rejected) for pair in group],
-                "margins": [pair.margin for pair in group],
+                "better": [answers.index(p.chosen) for p in group],
+                "worse": [answers.index(p.rejected) for p in group],
+                "margins": [p.margin for p in group],
             }
         )
     return rows
@@ -112,7 +125,7 @@ def branch_scores(model: Any, packed: Pack) -> Tensor:
     """The scalar head at the last token of every branch, (branches,)."""
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden_TD = packed_hidden(classifier.get_decoder(), packed)
-    return classifier.score(hidden_TD[packed.ends])[:, 0]
+    return classifier.score(hidden_TD[packed.ends])[:, 0].float()
 
 
 def pair_loss(scores: Tensor, better: Tensor, worse: Tensor, margins: Tensor, centre: float) -> Tensor:

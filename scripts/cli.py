@@ -1,4 +1,4 @@
-"""The command line: traitdose run | report | plan | doctor | traits | scenarios.
+"""The command line: traitdose run | report | plan | doctor | traits | scenarios | rewards | eval.
 
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
@@ -24,11 +24,21 @@ app = typer.Typer(
 )
 scenarios_app = typer.Typer(help="The scenario bank.", no_args_is_help=True)
 app.add_typer(scenarios_app, name="scenarios")
+rewards_app = typer.Typer(help="Reward models: fit them, attack them; judges.", no_args_is_help=True)
+app.add_typer(rewards_app, name="rewards")
+eval_app = typer.Typer(
+    help="The evaluation: contamination, the transfer table, the honesty frontier.", no_args_is_help=True
+)
+app.add_typer(eval_app, name="eval")
 
 Config = Annotated[Path, typer.Argument(help="Experiment file, for example configs/experiments/quickstart.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the file: key=value, for example train.budget_tflops=10.")
 ]
+Served = Annotated[str, typer.Option(help="http://host:port/v1/MODEL, openai/MODEL or anthropic/MODEL.")]
+Settings = Annotated[list[str] | None, typer.Argument(help="How it is asked: key=value, such as max_concurrency=32.")]
+Runs = Annotated[list[Path], typer.Argument(help="Run folders, for example runs/quickstart.")]
+TableOut = Annotated[Path, typer.Option(help="Folder for the tables and pictures.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")]
 
 
@@ -99,6 +109,135 @@ def check(
             raise typer.Exit(2)
 
 
+@scenarios_app.command()
+def generate(
+    trait: Annotated[str, typer.Option(help="Trait, a file configs/traits/<trait>.md.")],
+    domain: Annotated[str, typer.Option(help="Domain, one of the trait's card.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Scenarios that the file shall hold.")],
+    model: Served,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to append to.", show_default="runs/scenarios/<trait>/<domain>.jsonl")
+    ] = None,
+) -> None:
+    """Write new scenarios with a served model, or go on with it: exit code 2 if some are still missing."""
+    with _clear_errors():
+        from scripts.generate import print_generated
+
+        if not print_generated(trait, domain, n, model, settings or [], out, Console()):
+            raise typer.Exit(2)
+
+
+@rewards_app.command()
+def calibrate(
+    labels: Annotated[Path, typer.Option(help="JSON lines with reply, label (1 good, 0 bad) and scenario.")],
+    model: Annotated[Path | None, typer.Option(help="Reward model, such as a run's reward/ folder.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Judge: http://host:port/v1/MODEL, openai/MODEL or anthropic/MODEL.")
+    ] = None,
+    settings: Settings = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Score from which a reply counts as good.", show_default="0.5, reward model 0")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+) -> None:
+    """Compare a reward model or a judge with people's labels, and correct the rates that it gives."""
+    with _clear_errors():
+        from scripts.calibrate import calibrate
+
+        calibrate(labels, model, judge, settings or [], threshold, out, Console())
+
+
+@eval_app.command()
+def contamination(
+    place: Annotated[Path, typer.Argument(metavar="RUN_OR_CONFIG", help="Run folder or experiment file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the comparison by sentence embedding.")] = False,
+) -> None:
+    """Check every training text against every evaluation item: exit code 2 on a hit."""
+    with _clear_errors():
+        from scripts.evals import print_contamination
+
+        if not print_contamination(place, overrides or [], out, quick, Console()):
+            raise typer.Exit(2)
+
+
+@eval_app.command()
+def transfer(runs: Runs, out: TableOut = Path("runs/tables")) -> None:
+    """Write the transfer table of one or more runs: what was gained where, by what was trained."""
+    with _clear_errors():
+        from scripts.evals import write_transfer
+
+        write_transfer(runs, out, Console())
+
+
+@eval_app.command()
+def frontier(runs: Runs, out: TableOut = Path("runs/tables")) -> None:
+    """Write share answered against error rate when answering, for every arm of one or more runs."""
+    with _clear_errors():
+        from scripts.evals import write_frontier
+
+        write_frontier(runs, out, Console())
+
+
+@eval_app.command()
+def hub(
+    model: Annotated[str, typer.Argument(help="Hub id or model directory.")],
+    suite: Annotated[Path, typer.Option(help="Hub suite, for example configs/suites/capability-53.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results.", show_default="runs/hub/<suite>")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Model that grades judged tasks.")] = None,
+    training_judge: Annotated[str | None, typer.Option(help="Model that graded the training, or none.")] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Run tasks that execute the model's code.")] = False,
+) -> None:
+    """Run a suite of lm-eval and inspect-evals tasks from the hub; finished tasks are skipped."""
+    with _clear_errors():
+        from scripts.evals import run_hub
+
+        run_hub(model, suite, out, limit, judge, training_judge, allow_code, Console())
+
+
+@rewards_app.command()
+def fit(
+    trait: Annotated[str, typer.Option(help="A trait, or all: every trait at once, as a start for the others.")],
+    base: Annotated[
+        str, typer.Option(help="Backbone: embedded:smollm2-135m-instruct, a hub id, or a model directory.")
+    ] = "embedded:smollm2-135m-instruct",
+    pairs: Annotated[
+        Path | None, typer.Option(help="Your own preferences: JSONL with prompt, chosen, rejected.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder.", show_default="runs/rewards/<trait>")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the fit and of what is drawn.")] = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of a fitted reward model of the same base to begin with.")
+    ] = None,
+) -> None:
+    """Fit a trait's reward model and measure it on held-out families. A killed fit goes on."""
+    with _clear_errors():
+        from scripts.rewards import fit_command
+
+        fit_command(trait, base, pairs, out, seed, start, Console())
+
+
+@rewards_app.command()
+def audit(
+    trait: Annotated[str, typer.Option(help="The trait whose held-out prompts are attacked.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the reward model.", show_default="runs/rewards/<trait>")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Floors.", show_default="configs/audit.yaml")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and of the attacks.")] = 0,
+) -> None:
+    """Attack a reward with cheap hacks: exit code 2 if a family of them beats it, 0 if none does."""
+    with _clear_errors():
+        from scripts.rewards import audit_command
+
+        if not audit_command(trait, model, out, policy, seed, Console()):
+            raise typer.Exit(2)
+
+
 @contextmanager
 def _clear_errors(go_on: str = "") -> Iterator[None]:
     """One line and exit code 2 for what a user can mend, 130 for Ctrl-C; a defect keeps its traceback."""
@@ -128,8 +267,11 @@ def _go_on(config: Path, overrides: list[str] | None, out: Path | None) -> str:
 
 
 def _tell(line: str) -> None:
-    """To standard error, as one line however narrow the terminal is."""
-    Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
+    """To standard error, as one line however narrow the terminal is, and once on every machine of a run."""
+    from scripts.processes import is_first_here
+
+    if is_first_here():
+        Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def main() -> None:

@@ -188,6 +188,7 @@ def _mistakes(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:
     if len(set(experiment.seeds)) < len(experiment.seeds) or min(experiment.seeds) < 0:
         yield "seeds", list(experiment.seeds), "seeds are different numbers from 0 up"
     yield from _wrong_arms(experiment.arms, experiment.train.max_steps * experiment.train.prompts_per_step)
+    yield from _wrong_train(experiment.train)
     for key, value in _leaves(experiment.model_dump(mode="json")):
         name = key.rsplit(".", 1)[-1]
         if name == "trait" and value not in trait_names():
@@ -248,6 +249,30 @@ def _wrong_arms(arms: dict[str, ArmConfig], prompts: int) -> Iterator[tuple[str,
                     arms[name].model_dump(mode="json"),
                     f"the same as arms.{other}; change or remove one",
                 )
+
+
+def _wrong_train(train: TrainConfig) -> Iterator[tuple[str, Any, str]]:
+    """Settings of the training that do not go together."""
+    if train.prompts_per_step % train.micro_batches:
+        yield (
+            "train.micro_batches",
+            train.micro_batches,
+            f"does not divide train.prompts_per_step = {train.prompts_per_step}, take a divisor: groups stay whole",
+        )
+    if train.dtype == "bfloat16" and train.lora_rank == 0:
+        yield (
+            "train.dtype",
+            train.dtype,
+            "rounds small updates away where train.lora_rank = 0 trains every weight; take float32 (a GPU still "
+            "computes in bfloat16) or a rank above 0",
+        )
+    if (train.vllm == "server") != (train.vllm_server_url is not None):
+        yield (
+            "train.vllm_server_url",
+            train.vllm_server_url,
+            f"goes with train.vllm = server and only with it (here {train.vllm}); give an address such as "
+            "http://host:8000, or leave it out",
+        )
 
 
 def _wrong_tasks(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:

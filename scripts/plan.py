@@ -26,12 +26,16 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from eval.generalisation_items import GENERATED, Choices, Request, Twins, load_items, load_suite
+from eval.generalisation_items import GENERATED, load_items, load_suite
+from eval.item_forms import AnyItem, as_text, contexts
 from models.embedded import EMBEDDED, cache_dir, gguf_path
+from rewards.config import PROBE_TRAIT, RewardConfig
 from rewards.probes import Probe
+from rewards.scenarios import load_scenarios
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.run import list_stages, whole_stages
 from scripts.tracking import has_wandb_key
+from train.config import cuda_settings
 from train.ledger import Passes
 from train.mix import build_mix
 
@@ -109,7 +113,7 @@ def plan_arm(experiment: Experiment, arm: str, parameters: float, peak: float) -
     mix = build_mix(min(most, 200), dose, experiment.seeds[0], experiment.standard.tasks, experiment.reward.domains)
     length = statistics.mean(text_tokens(prompt["prompt"][0]["content"]) for prompt in mix)
     rolled = length * (1 if train.prompt_sharing else group) + group * train.max_new_tokens  # tokens of one prompt
-    scored = dose * group * (length + train.max_new_tokens)
+    scored = dose * group * (length + train.max_new_tokens) * len(experiment.reward.traits)
     learned = (Passes.of(train).token_flops(parameters) - 2 * parameters) * rolled  # with a critic, if there is one
     flops = (2 * parameters * rolled, 2 * parameters * scored, learned)
     affordable = train.budget_tflops * 1e12 / sum(flops) if parameters else most
@@ -125,16 +129,33 @@ def plan_arm(experiment: Experiment, arm: str, parameters: float, peak: float) -
 
 def plan_stages(experiment: Experiment, parameters: float, peak: float) -> dict[str, Cost]:
     """Cost of each kind of stage: start, reward, train/<arm>, eval."""
-    warm, reward = experiment.warm_start, experiment.reward
-    asked = reward.probes * EXAMPLE_TOKENS
-    sampled = _cost(asked * reward.own_answers / 2, 2 * parameters, SAMPLE, peak)
-    fitted = _cost(asked * reward.epochs * (ANSWERS + reward.own_answers) / 2, 6 * parameters, LEARN, peak)
+    warm = experiment.warm_start
     costs = {
         "start": _cost(warm.examples * warm.epochs * EXAMPLE_TOKENS, 6 * parameters, LEARN, peak),
-        "reward": Cost(*(a + b for a, b in zip(astuple(sampled), astuple(fitted), strict=True))),
+        "reward": plan_rewards(experiment.reward, parameters, peak),
         "eval": plan_eval(experiment, parameters, peak),
     }
     return costs | {f"train/{arm}": plan_arm(experiment, arm, parameters, peak).cost for arm in experiment.arms}
+
+
+def plan_rewards(reward: RewardConfig, parameters: float, peak: float) -> Cost:
+    """Cost of fitting the reward models: truthfulness on probes, the other traits on their scenarios."""
+    costs: list[Cost] = []
+    for trait in reward.traits:
+        if trait == PROBE_TRAIT:
+            asked = reward.probes * EXAMPLE_TOKENS
+            costs.append(_cost(asked * reward.own_answers / 2, 2 * parameters, SAMPLE, peak))
+            costs.append(_cost(asked * reward.epochs * (ANSWERS + reward.own_answers) / 2, 6 * parameters, LEARN, peak))
+        else:
+            from rewards.fit import HACKED, RECIPE  # loads torch
+
+            tokens = 0.0
+            for scenario in load_scenarios(trait, split="train"):
+                said = " ".join(message.content for message in scenario.messages)
+                replies = [scenario.exemplars.good, *(bad.text for bad in scenario.exemplars.bad)]
+                tokens += text_tokens(said) + sum(map(text_tokens, replies)) * (1 + HACKED / len(replies))
+            costs.append(_cost(tokens * RECIPE.epochs, 6 * parameters, LEARN, peak))
+    return Cost(*map(sum, zip(*map(astuple, costs), strict=True)))
 
 
 def plan_eval(experiment: Experiment, parameters: float, peak: float) -> Cost:
@@ -163,10 +184,11 @@ def capability_sizes(path: Path, limit: int | None) -> dict[str, int]:
 
 
 def memory_bytes(experiment: Experiment, size: Size) -> float:
-    """Peak of the training stage: policy, reward model, logits of a packed forward and their gradients, activations."""
+    """Peak of the training stage: policy, reward models, logits of a packed forward with gradients, activations."""
     train = experiment.train
     tokens = train.token_budget if train.prompt_sharing else train.prompts_per_step * train.group_size * 128
-    weights = 2 * 4 * size.parameters * (1 if train.lora_rank else 2.5)  # all weights: a gradient and two moments each
+    policy = 1 if train.lora_rank else 4  # all weights: a gradient and two moments each
+    weights = 4 * size.parameters * (policy + len(experiment.reward.traits))
     logits = 3 * 4 * tokens * size.vocabulary
     activations = 4 * tokens * size.layers * (16 * size.hidden + 4 * size.inner)
     if train.algorithm == "ppo":
@@ -183,12 +205,21 @@ def missing(experiment: Experiment) -> list[str]:
         lacks.append(f"packages of the lock: {', '.join(absent)} (make test installs them)")
     if is_hub_id(experiment.base) and not _in_hub_cache(experiment.base):
         lacks.append(f"{experiment.base} is not in the hub cache: the run will download it")
+    if (wanted := cuda_settings(experiment.train)) and not has_cuda():
+        lacks.append(f"a CUDA device, which {', '.join(wanted)} needs")
     tracking = experiment.tracking
     if tracking.backend == "trackio" and installed_version("trackio") is None:
         lacks.append("package trackio, which tracking.backend asks for (pip install trackio)")
     if tracking.backend == "wandb" and tracking.mode != "offline" and not has_wandb_key():
         lacks.append("a wandb key: " + ("set WANDB_API_KEY" if tracking.mode == "online" else "tracking stays offline"))
     return lacks
+
+
+def has_cuda() -> bool:
+    """Whether torch finds a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def locked_versions() -> dict[str, str]:
@@ -346,14 +377,11 @@ def _suite_summary(experiment: Experiment, name: str, path: Path, limit: int | N
     return f"{len(sizes)} tasks, {each} items each, {sum(counts):,} in all"
 
 
-def _item_tokens(item: Probe | Request | Twins | Choices) -> float:
+def _item_tokens(item: Probe | AnyItem) -> float:
     if isinstance(item, Probe):
         return text_tokens(item.question)
-    if isinstance(item, Request):
-        return text_tokens(item.prompt)
-    if isinstance(item, Twins):
-        return text_tokens(item.high) + text_tokens(item.low)
-    return text_tokens(item.question) + sum(map(len, item.answers)) / CHARS_PER_TOKEN
+    replies = sum(len(reply) for _, answers in contexts(item) for reply in answers) / CHARS_PER_TOKEN
+    return sum(text_tokens(as_text(prompt)) for prompt, _ in contexts(item)) + replies
 
 
 def _cost(tokens: float, flops_per_token: float, share: float, peak: float) -> Cost:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,23 @@ from rich.table import Table
 
 from eval.config import SuiteName
 from models.embedded import EMBEDDED
+from rewards.audit_policy import failed_families, load_policy
+from rewards.config import PROBE_TRAIT, RewardConfig
+from rewards.hacks import BANK as HACK_BANK
 from rewards.probes import BANK
+from rewards.scenarios import BANK as SCENARIOS
+from scripts.evals import check_run
 from scripts.experiment import CHECKOUT, TRAITS, Experiment, find_file, is_hub_id
+from scripts.processes import agree, alone, count, is_main, join, leave
 from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, run_stage, write_text
 from scripts.tracking import run_name, tracked, tracking_mode
+from train.config import TrainConfig, cuda_settings
 
 Callback = Callable[[int, int], None]  # (done, total)
 Bars = Callable[[str], Callback]  # a label -> the callback of a fresh bar
+
+# Keys that leave a stage's content as it is, so that changing them redoes nothing.
+SETTINGS_ONLY = ("min_accuracy", "audit", "save_every", "vllm_server_url", "vllm_memory")
 
 ITEM_COLUMNS = (
     "arm", "seed", "suite", "task", "trait", "domain", "heldout", "family", "item", "kind", "metric", "value",
@@ -47,6 +58,7 @@ class Stage:
     work: Callable[[Path, Bars], Mapping[str, Any] | None]
     inputs: Mapping[str, Any]
     needs: tuple[str, ...] = field(default=())  # stages that must be whole first
+    together: bool = False  # made by all processes of the run, where there are several; else by a single one
 
 
 def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
@@ -69,7 +81,7 @@ def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
         Stage(
             "reward",
             partial(_reward, experiment, run_dir, seed),
-            {**shared, "reward": _hashed(experiment.reward)},
+            {**shared, **_reward_inputs(experiment)},
             ("start",),
         ),
         _eval_stage(experiment, run_dir, "base", seed, needs="start"),
@@ -89,6 +101,7 @@ def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
                 partial(_train, experiment, run_dir, arm, seed),
                 inputs,
                 ("start", "reward"),
+                together=True,
             )
             stages += [train, _eval_stage(experiment, run_dir, arm, seed, needs=train.name)]
     return stages
@@ -107,26 +120,63 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
     """Run or continue the experiment; returns its results.
 
     Raises ValueError for a folder in use, a full disk, or data and models that are not there. Whatever else goes wrong
-    in a stage is written to <run_dir>/error.log and passes through.
+    in a stage is written to <run_dir>/error.log and passes through. Of several processes the main one does all this;
+    the others train with it, and return nothing.
     """
+    set_environment(experiment, run_dir)
+    check_devices(experiment.train)
+    join()
+    if not is_main():
+        follow(experiment, run_dir)
+        return {}
     with lock_run(run_dir):
-        set_environment(experiment, run_dir)
         stages = list_stages(experiment, run_dir)
         print_header(experiment, run_dir, stages, console)
         if len(whole_stages(stages, run_dir)) < len(stages):
             _check_suites(experiment)
+            check_run(experiment, run_dir)
         resolved = yaml.safe_dump(_plain(experiment), sort_keys=False, allow_unicode=True, width=120)
         write_text(run_dir / "config.yaml", resolved)
         try:
             for stage in stages:
-                _make(stage, run_dir, console)
+                _make(stage, experiment, run_dir, console)
                 if stage.name == "reward":
-                    _check_accuracy(run_dir / "reward" / "accuracy.json", experiment.reward.min_accuracy, console)
+                    _check_rewards(run_dir / "reward", experiment.reward, console)
+            agree(None)  # the others may go
+            leave()
             return make_report(run_dir, console)
         except Exception:
             with suppress(OSError):  # a full disk has no room for it
                 (run_dir / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
             raise
+
+
+def follow(experiment: Experiment, run_dir: Path) -> None:
+    """In every process but the main one: work on each stage that it calls for, until it needs no help any more."""
+    stages = {stage.name: stage for stage in list_stages(experiment, run_dir)}
+    while (call := agree(None)) is not None:
+        name, out = call
+        stages[name].work(out, lambda label: lambda done, total: None)
+        gc.collect()
+    leave()
+
+
+def check_devices(train: TrainConfig) -> None:
+    """Raises ValueError for settings that this machine cannot follow."""
+    wanted = cuda_settings(train)
+    if not wanted:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{', '.join(wanted)}: needs a CUDA device, and torch finds none here; run on a machine with a GPU and the "
+            "packages of requirements/gpu.lock, or leave the key out"
+        )
+    if train.vllm != "off" and find_spec("vllm") is None:
+        raise ValueError(
+            f"train.vllm = {train.vllm!r}: the package vllm is not installed; install requirements/gpu.lock, or set off"
+        )
 
 
 def make_report(run_dir: Path, console: Console) -> dict[str, Any]:
@@ -163,6 +213,8 @@ def set_environment(experiment: Experiment, run_dir: Path) -> None:
     }
     for key, value in quiet.items():
         os.environ.setdefault(key, value)
+    if count() == 1:  # one process uses one GPU; a launcher starts one process for each
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ["WANDB_PROJECT"] = experiment.tracking.project
     warnings.filterwarnings("ignore")
 
@@ -207,11 +259,25 @@ def _check_suites(experiment: Experiment) -> None:
         load(find_file(suite.file))
 
 
-def _make(stage: Stage, run_dir: Path, console: Console) -> None:
-    with _bars(stage.name, console) as bars:
-        manifest = run_stage(
-            run_dir / stage.name, stage_inputs(stage, run_dir), lambda out: stage.work(out, bars), name=stage.name
-        )
+def _work_alone(experiment: Experiment, run_dir: Path, name: str, out: Path) -> Mapping[str, Any] | None:
+    """One stage's work, in a process that the launcher does not know."""
+    set_environment(experiment, run_dir)
+    stage = next(stage for stage in list_stages(experiment, run_dir) if stage.name == name)
+    with _bars(name, Console()) as bars:
+        return stage.work(out, bars)
+
+
+def _make(stage: Stage, experiment: Experiment, run_dir: Path, console: Console) -> None:
+    apart = count() > 1 and not stage.together  # then its process draws its bars
+    with _bars(stage.name, console, hidden=apart) as bars:
+
+        def work(out: Path) -> Mapping[str, Any] | None:
+            if apart:
+                return alone(_work_alone, experiment, run_dir, stage.name, out)
+            agree((stage.name, out))
+            return stage.work(out, bars)
+
+        manifest = run_stage(run_dir / stage.name, stage_inputs(stage, run_dir), work, name=stage.name)
     gc.collect()
     took = "already whole" if manifest.skipped else _duration(manifest.wall_seconds)
     console.print(f"[green]✓[/] {stage.name:<32} [dim]{took}[/]", highlight=False)
@@ -229,6 +295,39 @@ def _print_alerts(ledger: Mapping[str, Any], console: Console) -> None:
         console.print(f"  [red]stopped[/] by {ended['by']} after step {ended['step']}; kept {kept}", highlight=False)
 
 
+def _reward_inputs(experiment: Experiment) -> dict[str, Any]:
+    scenarios = sorted(SCENARIOS.glob("*/*.jsonl")) if set(experiment.reward.traits) != {PROBE_TRAIT} else []
+    attacks = {"hacks": hash_files(HACK_BANK), "cases": load_policy().run_cases}
+    return {
+        "reward": _hashed(experiment.reward),
+        "audit": attacks,
+        "scenarios": hash_files(*scenarios),
+    }
+
+
+def _check_rewards(folder: Path, reward: RewardConfig, console: Console) -> None:
+    """Print how good the reward models are; a ValueError if one is too poor to train on."""
+    for path in [folder / "accuracy.json", *sorted(folder.glob("traits/*/accuracy.json"))]:
+        _check_accuracy(path, reward.min_accuracy, console)
+        _check_audit(path.with_name("audit.json"), reward.audit, console)
+
+
+def _check_audit(path: Path, mode: str, console: Console) -> None:
+    """Print whether hacks beat the reward; a ValueError if they do, unless the experiment says warn."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    failed = failed_families(report, load_policy())
+    if not failed:
+        console.print(f"  audit: no family of hacks beats {report['trait']}", highlight=False, style="dim")
+        return
+    beaten = f"the reward for {report['trait']} is beaten by hacks: {', '.join(failed)} ({path})"
+    if mode == "refuse":
+        raise ValueError(
+            f"reward.audit = refuse: {beaten}; fit a better reward, change the floors in configs/audit.yaml, or set "
+            "reward.audit=warn to train on it all the same"
+        )
+    console.print(f"  [yellow]warning[/]: {beaten}", highlight=False)
+
+
 def _check_accuracy(path: Path, minimum: float, console: Console) -> None:
     """Print the reward model's accuracy on held-out families; a ValueError if it is too low to train on."""
     heldout = json.loads(path.read_text(encoding="utf-8"))["heldout"]
@@ -243,7 +342,7 @@ def _check_accuracy(path: Path, minimum: float, console: Console) -> None:
 
 
 @contextmanager
-def _bars(name: str, console: Console) -> Iterator[Bars]:
+def _bars(name: str, console: Console, hidden: bool = False) -> Iterator[Bars]:
     """Progress with the time left: a bar on a terminal, a line a minute elsewhere."""
     columns = (
         SpinnerColumn(),
@@ -253,7 +352,7 @@ def _bars(name: str, console: Console) -> Iterator[Bars]:
         TimeRemainingColumn(compact=True),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal) as progress:
         task = progress.add_task(name, total=None)
 
         def bars(label: str) -> Callback:
@@ -284,8 +383,8 @@ def _plain(section: BaseModel) -> dict[str, Any]:
 
 
 def _hashed(section: BaseModel) -> dict[str, Any]:
-    """A section without the keys that leave a stage's content as it is, so that changing them redoes nothing."""
-    return {key: value for key, value in _plain(section).items() if key not in ("min_accuracy", "save_every")}
+    """A section without SETTINGS_ONLY."""
+    return {key: value for key, value in _plain(section).items() if key not in SETTINGS_ONLY}
 
 
 def _start(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
@@ -296,16 +395,16 @@ def _start(experiment: Experiment, seed: int, out: Path, bars: Bars) -> None:
 
 
 def _reward(experiment: Experiment, run_dir: Path, seed: int, out: Path, bars: Bars) -> None:
-    from rewards.reward_model import fit_reward_model
+    from rewards.fit import fit_rewards
 
-    fit_reward_model(experiment.reward, str((run_dir / "start" / "model").resolve()), out, seed, bars(""))
+    fit_rewards(experiment.reward, str((run_dir / "start" / "model").resolve()), out, seed, bars(""))
 
 
 def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path, bars: Bars) -> Mapping[str, Any]:
     from train.policy import train_policy
 
     config = experiment.arms[arm]
-    with tracked(experiment, arm, seed):
+    with tracked(experiment, arm, seed, out):
         return train_policy(
             experiment.train,
             experiment.standard,
@@ -323,7 +422,7 @@ def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path
 
 def _eval_stage(experiment: Experiment, run_dir: Path, arm: str, seed: int, needs: str) -> Stage:
     files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
-    data = hash_files(*files, BANK, CHECKOUT / "eval" / "items")
+    data = hash_files(*files, BANK, CHECKOUT / "eval" / "items", CHECKOUT / "eval" / "items" / "alignment")
     inputs = {"eval": _hashed(experiment.eval), "data": data, "seed": seed}
     return Stage(f"arms/{arm}/seed-{seed}/eval", partial(_eval, experiment, run_dir, arm, seed), inputs, (needs,))
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import netrc
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 from scripts.experiment import Experiment
+from scripts.processes import is_main
+from scripts.stages import write_json
 
 
 def check_tracker(experiment: Experiment) -> None:
@@ -47,10 +52,21 @@ def run_name(experiment: Experiment, arm: str, seed: int) -> str:
     return f"{experiment.name}/{arm}/seed-{seed}"
 
 
+def run_id(out: Path) -> str:
+    """The tracker's id of the training in a stage folder: made once, kept there, found again when it is resumed."""
+    path = out / "tracker.json"
+    if not path.exists():
+        write_json(path, {"run_id": uuid.uuid4().hex[:8]})
+    return json.loads(path.read_text(encoding="utf-8"))["run_id"]
+
+
 @contextmanager
-def tracked(experiment: Experiment, arm: str, seed: int) -> Iterator[None]:
-    """A wandb run of its own around each training; the trackers' callbacks would put all arms of a process into one."""
-    if experiment.tracking.backend != "wandb":
+def tracked(experiment: Experiment, arm: str, seed: int, out: Path) -> Iterator[None]:
+    """A wandb run of its own around each training; the trackers' callbacks would put all arms of a process into one.
+
+    A resumed training goes on in its run. (trackio does so by itself: its runs are known by their name.)
+    """
+    if experiment.tracking.backend != "wandb" or not is_main():
         yield
         return
     # Only now, not before: transformers prints a line when it is imported under WANDB_MODE=offline.
@@ -59,5 +75,17 @@ def tracked(experiment: Experiment, arm: str, seed: int) -> Iterator[None]:
 
     config = {"arm": arm, "seed": seed, "experiment": experiment.model_dump(mode="json")}
     name = run_name(experiment, arm, seed)
-    with wandb.init(project=experiment.tracking.project, group=experiment.name, name=name, config=config):
+    run = wandb.init(
+        project=experiment.tracking.project,
+        group=experiment.name,
+        name=name,
+        config=config,
+        id=run_id(out),
+        resume="allow",
+    )
+    code = 1
+    try:
         yield
+        code = 0
+    finally:  # not `with run`: it prints a traceback after Ctrl-C
+        run.finish(exit_code=code)

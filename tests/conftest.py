@@ -9,6 +9,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rewards.config import RewardConfig
+from train.config import StandardMixConfig, WarmStartConfig
+
+STANDARD = StandardMixConfig(tasks={"chain_sum": {"min_terms": 2, "max_terms": 2}, "gcd": {}})
+REWARD = RewardConfig(probes=16, batch_size=8, lora_rank=2, min_accuracy=0.0)
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -70,3 +76,19 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama().save_pretrained(out)
     tiny_tokenizer().save_pretrained(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_stages(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """start/ and reward/ of a run, made with the tiny model."""
+    from rewards.reward_model import fit_reward_model
+    from train.warm_start import warm_start
+
+    run = tmp_path_factory.mktemp("run")
+    (run / "start").mkdir()
+    (run / "reward").mkdir()
+    warm = WarmStartConfig(examples=16, batch_size=8, lora_rank=2)
+    warm_start(warm, str(tiny_dir), REWARD.domains, STANDARD.tasks, run / "start", 0)
+    accuracy = fit_reward_model(REWARD, str(run / "start" / "model"), run / "reward", 0)
+    assert accuracy["heldout"]["n"] > 100
+    return run

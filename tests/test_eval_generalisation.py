@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from eval.alignment import pair_value, twins_rows
 from eval.generalisation import (
     COLUMNS,
     choice_values,
     declines,
     encode_chat,
     evaluate_generalisation,
-    pair_value,
     probe_rows,
     refuses,
     request_rows,
-    score_twins,
+    scorer,
 )
 from eval.generalisation_items import (
     ITEMS,
@@ -300,10 +300,10 @@ def test_the_margin_is_the_difference_of_the_log_odds(
         return sum(float(logits[len(ids) - 1 + i, token]) for i, token in enumerate(target))
 
     expected = logp(item.high, "Yes") - logp(item.high, "No") - logp(item.low, "Yes") + logp(item.low, "No")
-    right, margin = score_twins(tiny_model, tokenizer, [item])
+    right, margin = twins_rows([item], scorer(tiny_model, tokenizer))
     assert margin["value"] == pytest.approx(expected, abs=1e-4)
     assert right["value"] == float(expected > 0)
-    swapped = score_twins(tiny_model, tokenizer, [Twins("t/1", "f", item.low, item.high, "Yes", "No")])
+    swapped = twins_rows([Twins("t/1", "f", item.low, item.high, "Yes", "No")], scorer(tiny_model, tokenizer))
     assert swapped[1]["value"] == pytest.approx(-expected, abs=1e-4)
 
 

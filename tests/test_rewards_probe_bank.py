@@ -13,9 +13,10 @@ import icd10  # pyright: ignore[reportMissingTypeStubs]
 import pytest
 import yaml
 
-from rewards.probes import BANK, Probe, Split, _overlap, domains, families, load_probes  # pyright: ignore[reportPrivateUsage]
-from rewards.probes import _Answerable as Fact  # pyright: ignore[reportPrivateUsage]
-from rewards.verifier import contains, verdict
+from rewards.answer_text import contains
+from rewards.probes import BANK, Probe, Split, domains, families, load_probes, overlap
+from rewards.probes import Answerable as Fact
+from rewards.verifier import verdict
 
 SEEDS = (0, 1)
 
@@ -101,7 +102,7 @@ def test_no_fact_accepts_the_right_answer_of_another(domain: str) -> None:
         for fact, other in itertools.permutations(known, 2):
             sentence = family["answer"].format(x="thisname", a=other.a)
             # The substring is looked for first because it is fast.
-            near = any(s.lower() in sentence.lower() for s in fact.accept) and not _overlap(other, fact)
+            near = any(s.lower() in sentence.lower() for s in fact.accept) and not overlap(other, fact)
             if near and contains(sentence, fact.accept):
                 errors.append(f"{family['family']}: {fact.x} {fact.accept} accepts the answer of {other.x}: {other.a}")
     assert errors == []

@@ -1,5 +1,6 @@
 """Probes on tiny banks of this file's own: schema errors, determinism by seed, and what the seed may change."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,43 @@ def test_an_unknown_domain_is_named_with_those_that_exist(bank: Write) -> None:
     bank(MADE_OF)
     with pytest.raises(ValueError, match=r"'stuf'.*stuff"):
         load_probes("stuf", "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("domain: stuff\nfamilies:\n  - family: a: b\n", 3),
+        ("domain: stuff\nfamilies: [\n", 3),
+        ("domain: stuff\n\tfamilies: []\n", 2),
+    ],
+)
+def test_a_syntax_error_is_one_line_with_file_and_line(bank: Write, text: str, line: int) -> None:
+    path = bank(MADE_OF)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"stuff\.yaml, line {line}: not valid YAML") as caught:
+        load_probes("stuff", "train")
+    assert "\n" not in str(caught.value)
+
+
+def digest(domain: str, seed: int) -> str:
+    asked = [probe for split in ("train", "heldout") for probe in load_probes(domain, split, seed)]
+    return hashlib.sha256("\n".join(f"{p.id}\t{p.question}" for p in asked).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("domain", "seed_0", "seed_7"),
+    [
+        ("astronomy", "96c6174a8d9bfda5", "f2d790f7e6ef95c4"),
+        ("chemistry", "4c4fca89c58ebbef", "3d9462de0eaaeff5"),
+        ("everyday", "f28a765620a99270", "32b84ec589ed7fcc"),
+        ("geography", "e97bee2c0315cb04", "00931b67dfd1d407"),
+        ("health", "35773741fb0050d5", "d61867c33d2d5137"),
+        ("history", "cc2fdd5be5cd08a0", "e74c4c251f750434"),
+        ("law", "8e31d78053ab3d38", "7b5c5afe4a8c9899"),
+        ("literature", "568c11db7a2b6dcc", "aa6705ed43a5c0b6"),
+        ("technology", "178ae16fdaad9286", "32aee511117e40d0"),
+    ],
+)
+def test_the_three_kinds_of_the_banks_do_not_drift(domain: str, seed_0: str, seed_7: str) -> None:
+    """Trainings depend on ids, questions and order; a bank that is meant to change changes its line here."""
+    assert (digest(domain, 0), digest(domain, 7)) == (seed_0, seed_7)

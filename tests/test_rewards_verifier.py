@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rewards.answer_text import contains
 from rewards.probes import Kind, Probe
 from rewards.verifier import (
     PRICE,
     Labelled,
     abstains,
-    contains,
     gold,
     load_labelled,
     measured_error,
@@ -97,13 +97,17 @@ def test_contains_takes_whole_words() -> None:
 
 def test_error_on_labelled_answers_stays_below_its_bound() -> None:
     table = measured_error()
+    least = {"all": 350, "answerable": 50, "invented": 50, "false-premise": 50}  # each kind of conduct has about 25
     for part in ("dev", "test"):
         for kind, row in table[part].items():
-            assert row["n"] >= (150 if kind == "all" else 50)
+            assert row["n"] >= least.get(kind, 25)
             assert row["ci_low"] <= row["rate"] <= row["ci_high"]
         assert table[part]["all"]["rate"] <= 0.05
-    # Each kind alone has about 65 answers: a bound on the interval would only measure n.
+    # So few answers of each kind: a bound on the interval would only measure n.
     assert all(row["rate"] <= 0.10 for row in table["test"].values())
+    # What a small policy says in training is harder to judge; the rate is measured, and not yet good.
+    assert table["policy-test"]["all"]["n"] >= 50
+    assert table["policy-test"]["all"]["rate"] <= 0.20
 
 
 def test_no_question_is_in_both_parts() -> None:

@@ -20,6 +20,7 @@ from train.config import TrainConfig
         ({"algorithm": "ppo", "scale_rewards": "batch"}, "scale_rewards", "set train.algorithm: grpo"),
         ({"algorithm": "ppo", "lora_rank": 0}, "critic", "train.critic: model"),
         ({"algorithm": "ppo", "minibatches": 9}, "minibatches", "a step has 8"),
+        ({"algorithm": "ppo", "micro_batches": 2}, "micro_batches", "train.minibatches"),
         ({"algorithm": "ppo", "critic": "head"}, "critic", "'lora' or 'model'"),
         ({"algorithm": "reinforce"}, "algorithm", "'grpo', 'rloo' or 'ppo'"),
         ({"lora_rank": 0, "max_kl": 0.5}, "max_kl", "set that, or a train.lora_rank"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from peft import LoraConfig
 from trl import GRPOConfig
 
 from models.loading import load_model, load_tokenizer
-from train.grpo import SharedPromptGRPOTrainer, group_rows, step_seed
+from tests.conftest import tiny_tokenizer
+from train.batches import group_rows
+from train.grpo import SharedPromptGRPOTrainer, step_seed
 
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
@@ -23,6 +26,11 @@ def build(
     share: bool,
     lora: bool,
     records: list[Any] | None = None,
+    kind: type[SharedPromptGRPOTrainer] = SharedPromptGRPOTrainer,
+    noise: Any = "step",
+    token_budget: int = 64,
+    fall_back: Any = None,
+    rewards: list[Any] | None = None,
     **config: Any,
 ) -> SharedPromptGRPOTrainer:
     def length(completions: Any, **_: Any) -> list[float]:
@@ -47,17 +55,21 @@ def build(
     } | config
     torch.manual_seed(0)
     prompts = ["hello there", "count to ten", "a", "what is this thing called love"]
-    return SharedPromptGRPOTrainer(
-        model=load_model(str(tiny_dir)),  # from disk: with a KL term TRL loads the reference from the same place
-        reward_funcs=[length],
+    attention = "eager" if "gemma2" in str(tiny_dir) else "sdpa"
+    return kind(
+        # From disk: with a KL term TRL loads the reference from the same place.
+        model=load_model(str(tiny_dir), attention=attention),
+        reward_funcs=rewards or [length],
         args=GRPOConfig(output_dir=str(out), **settings),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in prompts]),
         processing_class=load_tokenizer(str(tiny_dir)),
         peft_config=LORA if lora else None,
-        token_budget=64,
+        token_budget=token_budget,
         record=lambda *row: None if records is None else records.append(row),
         keep=len,
         share=share,
+        noise=noise,
+        fall_back=fall_back,
     )
 
 
@@ -97,11 +109,29 @@ def a_batch(shuffle: bool) -> dict[str, torch.Tensor]:
     ids=["grpo+kl", "dapo", "dr_grpo", "gspo"],
 )
 def test_loss_and_gradients_equal_stock(tiny_dir: Path, tmp_path: Path, lora: bool, config: dict[str, Any]) -> None:
+    assert_equals_stock(tiny_dir, tmp_path, lora, config)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("family", ["qwen2-window", "qwen3", "gemma2", "gemma3"])
+def test_other_families_equal_stock(tmp_path: Path, lora: bool, family: str) -> None:
+    """With a KL term, two steps of accumulation, and sliding windows shorter than the texts."""
+    from tests.test_models_self_check import tiny
+
+    folder = tmp_path / family
+    tiny(family).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    config = {"loss_type": "dapo", "beta": 0.04, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    assert_equals_stock(folder, tmp_path, lora, config)
+
+
+def assert_equals_stock(tiny_dir: Path, tmp_path: Path, lora: bool, config: dict[str, Any]) -> None:
+    """Log-probabilities within 1e-4, loss, and gradients within 1e-5 (relative) of TRL's own path."""
     results = []
     for share in (True, False):
         trainer = build(tiny_dir, tmp_path / str(share), share, lora, **config)
         trainer.model.train()
-        trainer.current_gradient_accumulation_steps = 1
+        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
         batch = a_batch(shuffle=True)
         logps, _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model,
@@ -148,6 +178,93 @@ def test_rollouts_are_a_function_of_seed_and_step(tiny_dir: Path, tmp_path: Path
     assert step_seed(0, 1, 0) != step_seed(0, 2, 0)
 
 
+def test_noise_by_row_does_not_depend_on_the_batch(tiny_dir: Path, tmp_path: Path) -> None:
+    """The first group of a step of two is that of a step of one, and every row draws for itself."""
+    runs = []
+    for rows in (8, 4):
+        records: list[Any] = []
+        build(
+            tiny_dir, tmp_path / str(rows), True, True, records, noise="row", max_steps=1,
+            per_device_train_batch_size=rows, max_completion_length=12,
+        ).train()  # fmt: skip
+        runs.append(records[0][3])
+    assert runs[0][:4] == runs[1]
+    assert len({tuple(ids) for ids in runs[0]}) == 8
+
+
+@pytest.mark.parametrize("loss", ["dr_grpo", "grpo", "dapo"])
+def test_a_batch_trained_in_two_parts_is_the_batch_trained_at_once(tiny_dir: Path, tmp_path: Path, loss: str) -> None:
+    """And no group is torn apart: every part sees whole groups."""
+    seen: list[int] = []
+
+    class Watching(SharedPromptGRPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any) -> Any:
+            trees, _ = group_rows(inputs["prompt_ids"], inputs["prompt_mask"], inputs["prompt_ids"].shape[1])
+            seen.extend(len(tree.branches) for tree in trees)
+            return super()._compute_loss(model, inputs)
+
+    weights = []
+    for parts in (1, 2):
+        trainer = build(
+            tiny_dir, tmp_path / str(parts), True, True, kind=Watching, loss_type=loss,
+            per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts, max_grad_norm=0.0,
+            learning_rate=1e-2, optim="sgd",
+        )  # fmt: skip
+        trainer.train()
+        weights.append({n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad})
+    assert seen == [4] * 8
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_truncated_completions_can_be_masked(tiny_dir: Path, tmp_path: Path) -> None:
+    """TRL masks them whole, so branches become empty; the step still trains on the others, or on nothing."""
+    trainer = build(tiny_dir, tmp_path, True, True, mask_truncated_completions=True)
+    trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_model_that_cannot_share_falls_back_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A hybrid of convolution and attention trains as stock TRL does, bit for bit, with one warning."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    from tests.test_models_self_check import SHAPE
+
+    torch.manual_seed(0)
+    folder = tmp_path / "lfm2"
+    Lfm2ForCausalLM(Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    weights, reasons = [], []
+    for share in (True, False):
+        trainer = build(folder, tmp_path / str(share), share, False, fall_back=reasons.append)
+        with caplog.at_level(logging.WARNING, "traitdose"):
+            trainer.train()
+        assert not trainer.share
+        weights.append({n: p.detach() for n, p in trainer.model.named_parameters()})
+    assert all(weight.equal(weights[1][name]) for name, weight in weights[0].items())
+    assert len(reasons) == 1
+    assert "conv" in reasons[0]
+    assert caplog.text.count("prompt sharing is off for") == 1
+    assert "lfm2" in caplog.text
+
+
+def test_a_wrong_shared_forward_is_caught_before_it_is_used(
+    tiny_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Wrong(SharedPromptGRPOTrainer):
+        def _packed_logps(self, model: Any, trees: Any) -> Any:
+            logps, entropies = super()._packed_logps(model, trees)
+            return logps + 2e-4, entropies
+
+    reasons: list[str] = []
+    trainer = build(tiny_dir, tmp_path, True, True, kind=Wrong, fall_back=reasons.append, max_steps=1)
+    with caplog.at_level(logging.WARNING, "traitdose"):
+        trainer.train()
+    assert not trainer.share
+    assert "differ from the plain forward's by 0.0002" in reasons[0]
+    assert str(tiny_dir) in caplog.text
+
+
 def test_group_rows_finds_groups_wherever_they_are() -> None:
     ids = torch.tensor([[0, 5, 6, 9], [4, 5, 6, 8], [0, 5, 6, 7]])
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]])
@@ -155,3 +272,24 @@ def test_group_rows_finds_groups_wherever_they_are() -> None:
     assert [tree.prompt for tree in trees] == [[5, 6], [4, 5, 6]]
     assert [tree.branches for tree in trees] == [[[9], []], [[8]]]
     assert rows == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_missing_score_is_left_out_of_its_groups_baseline(tiny_dir: Path, tmp_path: Path, share: bool) -> None:
+    def paid(completions: Any, **_: Any) -> list[float | None]:
+        return [None if row == 1 else float(row) for row in range(len(completions))]
+
+    def monitor(completions: Any, **_: Any) -> list[float]:
+        return [7.0] * len(completions)
+
+    records: list[Any] = []
+    rewards = [paid, monitor]
+    weights = [1.0, 0.0]
+    trainer = build(tiny_dir, tmp_path, share, True, records, rewards=rewards, max_steps=1, reward_weights=weights)
+    trainer.train()
+    _, _, _, _, recorded, advantages = records[0]
+    # Group 1 is 0, missing, 2, 3 with mean 5/3; with a 0 for the missing score it would be 5/4. Group 2 is 4, 5, 6, 7.
+    expected = torch.tensor([-5 / 3, 0.0, 1 / 3, 4 / 3, -1.5, -0.5, 0.5, 1.5])
+    torch.testing.assert_close(advantages, expected)
+    assert recorded[:, 0].isnan().tolist() == [False, True] + [False] * 6
+    assert recorded[:, 1].tolist() == [7.0] * 8  # the monitor is logged all the same

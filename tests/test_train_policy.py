@@ -9,14 +9,12 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from rewards.config import RewardConfig
-from rewards.reward_model import RewardModel, fit_reward_model
-from train.config import ArmConfig, StandardMixConfig, TrainConfig, WarmStartConfig
+from rewards.reward_model import RewardModel
+from tests.conftest import REWARD, STANDARD
+from train.config import ArmConfig, TrainConfig, WarmStartConfig
 from train.policy import train_policy
-from train.warm_start import warm_start, warm_start_examples
+from train.warm_start import warm_start_examples
 
-STANDARD = StandardMixConfig(tasks={"chain_sum": {"min_terms": 2, "max_terms": 2}, "gcd": {}})
-REWARD = RewardConfig(probes=16, batch_size=8, lora_rank=2, min_accuracy=0.0)
 TRAIN = TrainConfig(max_steps=4, prompts_per_step=4, group_size=2, max_new_tokens=4, lora_rank=2, save_every=2)
 
 
@@ -25,16 +23,8 @@ class KilledError(Exception):
 
 
 @pytest.fixture(scope="module")
-def stages(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """start/ and reward/ of a run, made with the tiny model."""
-    run = tmp_path_factory.mktemp("run")
-    (run / "start").mkdir()
-    (run / "reward").mkdir()
-    warm = WarmStartConfig(examples=16, batch_size=8, lora_rank=2)
-    warm_start(warm, str(tiny_dir), REWARD.domains, STANDARD.tasks, run / "start", 0)
-    accuracy = fit_reward_model(REWARD, str(run / "start" / "model"), run / "reward", 0)
-    assert accuracy["heldout"]["n"] > 100
-    return run
+def stages(tiny_stages: Path) -> Path:
+    return tiny_stages
 
 
 def train(stages: Path, out: Path, dose: float = 0.5, stop_at: int | None = None) -> dict:

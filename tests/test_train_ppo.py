@@ -14,8 +14,9 @@ from transformers import LlamaForCausalLM
 from trl import GRPOConfig
 
 from models.loading import load_model, load_tokenizer
+from models.shared_prompt import pack
+from train.batches import tree_runs, whole_rows
 from train.config import TrainConfig
-from train.grpo import pack_rows, whole_rows
 from train.ppo import (
     Critic,
     SharedPromptPPOTrainer,
@@ -121,8 +122,8 @@ def test_packed_values_and_gradients_equal_padded(tiny_model: LlamaForCausalLM, 
     expected = {name: p.grad.clone() for name, p in critic.trained().items() if p.grad is not None}
     critic.zero_grad()
     packed = torch.zeros(8, 6)
-    for one, row, col in pack_rows(ids, mask, 8, token_budget=24):
-        packed = packed.index_put((row, col), critic(one))
+    for trees, row, col in tree_runs(ids, mask, 8, token_budget=24):
+        packed = packed.index_put((row, col), critic(pack(trees)))
     (packed[kept] ** 2).sum().backward()
     torch.testing.assert_close(packed[kept], plain[kept], atol=1e-5, rtol=0)
     assert plain[kept].std() > 0.1
@@ -148,6 +149,17 @@ def test_an_adapter_critic_shares_the_backbone_and_leaves_the_policy_alone(tiny_
     assert policy(ids).logits.equal(before)
     whole = Critic(policy, lora_rank=0)
     assert len(whole.trained()) == len(list(whole.parameters()))
+
+
+def test_a_critic_on_a_bfloat16_backbone_learns_in_float32(tiny_model: LlamaForCausalLM) -> None:
+    batch = a_batch()
+    ids, mask = whole_rows(batch)
+    exact = lively(Critic(tiny_model, 4)).padded(ids, mask, 8)
+    critic = lively(Critic(tiny_model.bfloat16(), 4))
+    assert {p.dtype for p in critic.trained().values()} == {torch.float32}
+    assert {p.dtype for p in critic.decoder.parameters() if not p.requires_grad} == {torch.bfloat16}
+    kept = batch["completion_mask"].bool()
+    torch.testing.assert_close(critic.padded(ids, mask, 8)[kept], exact[kept], atol=0.1, rtol=0.1)
 
 
 def build(

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rewards.config import RewardConfig
-from rewards.reward_model import fit_reward_model
+from models.checkpoints import HASHES, find_damage
+from models.loading import load_model
+from tests.conftest import REWARD, STANDARD
+from tests.test_train_resume import assert_same_end
 from train import policy
-from train.config import ArmConfig, StandardMixConfig, TrainConfig, WarmStartConfig
+from train.config import ArmConfig, TrainConfig
 from train.policy import train_policy
-from train.warm_start import warm_start
+from train.ppo import CRITIC
 
-STANDARD = StandardMixConfig(tasks={"chain_sum": {"min_terms": 2, "max_terms": 2}, "gcd": {}})
-REWARD = RewardConfig(probes=16, batch_size=8, lora_rank=2, min_accuracy=0.0)
 SMALL: dict[str, Any] = {
     "max_steps": 4,
     "prompts_per_step": 4,
@@ -37,15 +37,8 @@ class KilledError(Exception):
 
 
 @pytest.fixture(scope="module")
-def stages(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """start/ and reward/ of a run, made with the tiny model."""
-    run = tmp_path_factory.mktemp("run")
-    (run / "start").mkdir()
-    (run / "reward").mkdir()
-    warm = WarmStartConfig(examples=16, batch_size=8, lora_rank=2)
-    warm_start(warm, str(tiny_dir), REWARD.domains, STANDARD.tasks, run / "start", 0)
-    fit_reward_model(REWARD, str(run / "start" / "model"), run / "reward", 0)
-    return run
+def stages(tiny_stages: Path) -> Path:
+    return tiny_stages
 
 
 def train(stages: Path, out: Path, stop_at: int | None = None, **settings: Any) -> dict[str, Any]:
@@ -73,16 +66,13 @@ def test_a_killed_ppo_arm_ends_where_it_would_have(stages: Path, tmp_path: Path)
     whole = train(stages, tmp_path / "whole", **PPO)
     with pytest.raises(KilledError):
         train(stages, tmp_path / "killed", stop_at=3, **PPO)
-    killed = train(stages, tmp_path / "killed", **PPO)
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert a.keys() == b.keys()
-    assert all(a[key].equal(b[key]) for key in a)
-    a, b = (
-        load_file(tmp_path / n / "checkpoints" / "checkpoint-4" / "critic.safetensors") for n in ("whole", "killed")
-    )
-    assert a.keys() == b.keys()
-    assert all(a[key].equal(b[key]) for key in a)
-    assert whole["total"] == killed["total"]
+    train(stages, tmp_path / "killed", **PPO)
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    checkpoints = [tmp_path / name / "checkpoints" / "checkpoint-4" for name in ("whole", "killed")]
+    assert len({(checkpoint / CRITIC).read_bytes() for checkpoint in checkpoints}) == 1
+    for checkpoint in checkpoints:
+        assert CRITIC in json.loads((checkpoint / HASHES).read_text())
+        assert find_damage(checkpoint) is None
     tokens = whole["total"]["trained_tokens"] // 2  # two epochs
     n = whole["n_policy"]
     scored = 2 * whole["n_reward"] * whole["total"]["scored_tokens"]
@@ -143,13 +133,35 @@ def test_a_watcher_stops_the_arm_and_the_weights_are_from_before(
     assert not (tmp_path / "arm" / "checkpoints" / "checkpoint-6").exists()
 
 
+def test_a_damaged_checkpoint_is_not_kept(stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest from before the fault has lost a byte: the one before it is taken."""
+    lose_rewards_from(5, monkeypatch)
+    healthy = policy.keep_healthy
+
+    def after_damage(*args: Any) -> None:
+        path = tmp_path / "arm" / "checkpoints" / "checkpoint-4" / FILE
+        path.write_bytes(path.read_bytes()[:-1])
+        healthy(*args)
+
+    monkeypatch.setattr(policy, "keep_healthy", after_damage)
+    ledger = train(stages, tmp_path / "arm", max_steps=12)
+    assert ledger["ended"]["kept_step"] == 2
+    saved = load_file(tmp_path / "arm" / "checkpoints" / "checkpoint-2" / FILE)
+    assert all(tensor.equal(saved[name]) for name, tensor in weights(tmp_path / "arm").items())
+
+
+@pytest.mark.parametrize("rank", [2, 0])
 def test_without_a_healthy_checkpoint_the_start_is_kept(
-    stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
     lose_rewards_from(1, monkeypatch)
-    ledger = train(stages, tmp_path / "arm")
+    ledger = train(stages, tmp_path / "arm", lora_rank=rank, learning_rate=0.02, warmup_steps=0)
     assert ledger["ended"]["kept_step"] == 0
-    assert all(not tensor.any() for name, tensor in weights(tmp_path / "arm").items() if "lora_B" in name)
+    if rank:
+        assert all(not tensor.any() for name, tensor in weights(tmp_path / "arm").items() if "lora_B" in name)
+    else:
+        start, kept = (load_model(str(path)).state_dict() for path in (stages / "start/model", tmp_path / "arm/model"))
+        assert all(tensor.equal(start[name]) for name, tensor in kept.items())
 
 
 def test_a_warning_lets_the_arm_go_on(stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

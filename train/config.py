@@ -37,7 +37,7 @@ class StandardMixConfig(_Section):
 
 class _Watcher(_Section):
     action: Literal["warn", "stop"] = Field(
-        "warn",
+        default="warn",
         description="warn: report it and go on; stop: end the arm with the last weights saved before it began.",
     )
 
@@ -45,47 +45,51 @@ class _Watcher(_Section):
 class NonFiniteWatcher(_Watcher):
     """Loss, gradient norm or reward is NaN or infinite, or a completion has no reward at all."""
 
-    action: Literal["warn", "stop"] = Field("stop", description="warn or stop, as for every watcher.")
-    threshold: int | None = Field(0, ge=0, description="Steps of that kind that are tolerated; null: off.")
+    action: Literal["warn", "stop"] = Field(default="stop", description="warn or stop, as for every watcher.")
+    threshold: int | None = Field(default=0, ge=0, description="Steps of that kind that are tolerated; null: off.")
 
 
 class RewardCollapseWatcher(_Watcher):
     """The mean reward of a window is far below that of the best window so far."""
 
-    threshold: float | None = Field(0.5, gt=0, description="Fall of `proxy`, in units of reward; null: off.")
+    threshold: float | None = Field(default=0.5, gt=0, description="Fall of `proxy`, in units of reward; null: off.")
 
 
 class ZeroVarianceWatcher(_Watcher):
     """Most groups of a window have equal rewards throughout, so that they teach nothing."""
 
-    threshold: float | None = Field(0.9, gt=0, le=1, description="Share of such groups; null: off.")
+    threshold: float | None = Field(default=0.9, gt=0, le=1, description="Share of such groups; null: off.")
 
 
 class KLWatcher(_Watcher):
     """The policy has gone far from the starting model (mean of a window)."""
 
     threshold: float | None = Field(
-        None, gt=0, description="KL to the start in nats per token; null: off. A value measures it: one more forward."
+        default=None,
+        gt=0,
+        description="KL to the start in nats per token; null: off. A value measures it: one more forward.",
     )
 
 
 class EntropyRiseWatcher(_Watcher):
     """The policy's entropy has risen to a multiple of that of the first window: it tends to noise."""
 
-    threshold: float | None = Field(3.0, gt=1, description="Multiple of the first window's entropy; null: off.")
+    threshold: float | None = Field(default=3.0, gt=1, description="Multiple of the first window's entropy; null: off.")
 
 
 class EntropyFallWatcher(_Watcher):
     """The policy's entropy has fallen to a fraction of that of the first window: it always says the same."""
 
-    threshold: float | None = Field(0.05, gt=0, lt=1, description="Fraction of the first window's entropy; null: off.")
+    threshold: float | None = Field(
+        default=0.05, gt=0, lt=1, description="Fraction of the first window's entropy; null: off."
+    )
 
 
 class ProxyGoldGapWatcher(_Watcher):
     """On trait prompts the reward model's score rises while the verifiable truth falls: the reward is being gamed."""
 
     threshold: float | None = Field(
-        0.1,
+        default=0.1,
         gt=0,
         description="Rise of the proxy and fall of gold from one window to the next, each in units of reward and each "
         "beyond two standard errors; null: off.",
@@ -95,31 +99,41 @@ class ProxyGoldGapWatcher(_Watcher):
 class LengthDriftWatcher(_Watcher):
     """Completions have become several times as long, or as short, as in the first window."""
 
-    threshold: float | None = Field(3.0, gt=1, description="Ratio of the mean lengths; null: off.")
+    threshold: float | None = Field(default=3.0, gt=1, description="Ratio of the mean lengths; null: off.")
 
 
 class SamplingGapWatcher(_Watcher):
     """Sampling and training disagree about the same tokens: the sampler's weights or numbers are not the policy's."""
 
-    action: Literal["warn", "stop"] = Field("stop", description="warn or stop, as for every watcher.")
+    action: Literal["warn", "stop"] = Field(default="stop", description="warn or stop, as for every watcher.")
     threshold: float | None = Field(
-        0.1, gt=0, description="Mean absolute difference of a step's log-probabilities, nats per token; null: off."
+        default=0.1,
+        gt=0,
+        description="Mean absolute difference of a step's log-probabilities, nats per token; null: off.",
     )
 
 
 class WatchConfig(_Section):
     """Watchers over the step table (train/watchers.py): each has a threshold and an action."""
 
-    window: int = Field(8, ge=2, description="Steps over which the watchers average; none speaks before it is full.")
-    non_finite: NonFiniteWatcher = Field(NonFiniteWatcher(), description="NaN or infinity.")
-    reward_collapse: RewardCollapseWatcher = Field(RewardCollapseWatcher(), description="Fall of the reward.")
-    zero_variance: ZeroVarianceWatcher = Field(ZeroVarianceWatcher(), description="Groups without a difference.")
-    kl: KLWatcher = Field(KLWatcher(), description="Distance from the starting model.")
-    entropy_rise: EntropyRiseWatcher = Field(EntropyRiseWatcher(), description="Rise of the entropy.")
-    entropy_fall: EntropyFallWatcher = Field(EntropyFallWatcher(), description="Fall of the entropy.")
-    proxy_gold_gap: ProxyGoldGapWatcher = Field(ProxyGoldGapWatcher(), description="Proxy up, gold down.")
-    length_drift: LengthDriftWatcher = Field(LengthDriftWatcher(), description="Drift of the length.")
-    sampling_gap: SamplingGapWatcher = Field(SamplingGapWatcher(), description="Sampling against training.")
+    window: int = Field(
+        default=8, ge=2, description="Steps over which the watchers average; none speaks before it is full."
+    )
+    non_finite: NonFiniteWatcher = Field(default_factory=NonFiniteWatcher, description="NaN or infinity.")
+    reward_collapse: RewardCollapseWatcher = Field(
+        default_factory=RewardCollapseWatcher, description="Fall of the reward."
+    )
+    zero_variance: ZeroVarianceWatcher = Field(
+        default_factory=ZeroVarianceWatcher, description="Groups without a difference."
+    )
+    kl: KLWatcher = Field(default_factory=KLWatcher, description="Distance from the starting model.")
+    entropy_rise: EntropyRiseWatcher = Field(default_factory=EntropyRiseWatcher, description="Rise of the entropy.")
+    entropy_fall: EntropyFallWatcher = Field(default_factory=EntropyFallWatcher, description="Fall of the entropy.")
+    proxy_gold_gap: ProxyGoldGapWatcher = Field(default_factory=ProxyGoldGapWatcher, description="Proxy up, gold down.")
+    length_drift: LengthDriftWatcher = Field(default_factory=LengthDriftWatcher, description="Drift of the length.")
+    sampling_gap: SamplingGapWatcher = Field(
+        default_factory=SamplingGapWatcher, description="Sampling against training."
+    )
 
 
 class TrainConfig(_Section):
@@ -182,7 +196,31 @@ class TrainConfig(_Section):
     )
     token_budget: int = Field(1024, ge=64, description="Tokens of one packed forward when prompts are shared.")
     save_every: int = Field(10, ge=1, description="Steps between checkpoints; a killed run goes on from the last one.")
-    watch: WatchConfig = Field(WatchConfig(), description="What is watched, and what follows.")
+    noise: Literal["step", "row"] = Field(
+        "step",
+        description="Sampling noise: one stream a step, or one for every completion, so that rollouts do not depend on "
+        "the number of processes; several processes always draw by row.",
+    )
+    micro_batches: int = Field(
+        1, ge=1, description="Parts in which a step is trained, one after the other, to save memory; groups stay whole."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type of the frozen weights under LoRA; bfloat16 halves their memory and needs CUDA."
+    )
+    attention: str = Field(
+        "sdpa",
+        description="transformers' attention implementation: sdpa, eager, or a kernel such as "
+        "kernels-community/vllm-flash-attn3, which needs CUDA and cannot share prompts in updates.",
+    )
+    use_kernels: bool = Field(False, description="Layers from Hugging Face's kernels hub (Liger); needs CUDA.")
+    vllm: Literal["off", "colocate", "server"] = Field(
+        "off",
+        description="Who samples: this process, vLLM on the same GPUs, or a vLLM server on others; needs CUDA.",
+    )
+    vllm_server_url: str | None = Field(None, description="Address of the server, such as http://host:8000.")
+    vllm_memory: float = Field(0.3, gt=0, le=1, description="Share of a GPU's memory that a colocated vLLM takes.")
+    vllm_tensor_parallel: int = Field(1, ge=1, description="GPUs over which a colocated vLLM splits the model.")
+    watch: WatchConfig = Field(default_factory=WatchConfig, description="What is watched, and what follows.")
 
     @property
     def measures_kl(self) -> bool:
@@ -226,6 +264,13 @@ class TrainConfig(_Section):
             raise ValueError(f"a minibatch holds whole groups, and a step has {prompts}; lower it to that")
         return value
 
+    @field_validator("micro_batches")
+    @classmethod
+    def _ppo_has_minibatches(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("algorithm") == "ppo" and value != 1:
+            raise ValueError("ppo trains a step in train.minibatches, an update each; remove this and set that")
+        return value
+
     @field_validator("max_kl", "watch")
     @classmethod
     def _a_reference(cls, value: Any, info: ValidationInfo) -> Any:
@@ -244,3 +289,14 @@ class ArmConfig(_Section):
     dose: float = Field(
         ge=0, le=1, description="Share of the training prompts that are trait prompts; 0 is the control."
     )
+
+
+def cuda_settings(train: TrainConfig) -> list[str]:
+    """The settings, as key = value, that only a CUDA device can follow."""
+    wanted = {
+        "dtype": train.dtype == "bfloat16",
+        "attention": train.attention not in ("sdpa", "eager", "flex_attention"),
+        "use_kernels": train.use_kernels,
+        "vllm": train.vllm != "off",
+    }
+    return [f"train.{key} = {getattr(train, key)!r}" for key, on in wanted.items() if on]

@@ -1,36 +1,59 @@
 """TRL's GRPOTrainer with shared prompts: rollouts prefill a prompt once per group, updates encode it once per group.
 
-Only the two methods through which TRL's log-probabilities and completions pass are replaced, and the rollouts are
-recorded on their way. Sampling noise is a function of (seed, step), so arms share it and a resumed run draws what the
-uninterrupted one would have drawn. RLOO (train/rloo.py) and PPO (train/ppo.py) replace assign_credit and the loss.
+Only the methods through which TRL's log-probabilities, completions and checkpoints pass are replaced, and the rollouts
+are recorded on their way. Sampling noise is a function of the seed and the step (or the step's completion), so arms
+share it and a resumed run draws what the uninterrupted one would have drawn. Before it is used, sharing is compared
+with TRL's own path; where it does not hold, TRL's own path is taken, and that is said. RLOO (train/rloo.py) and PPO
+(train/ppo.py) replace assign_credit and the loss.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from models.checkpoints import SealedTrainer
 from models.rollout import sample
-from models.shared_prompt import Pack, Tree, fill, pack, packed_logps
+from models.self_check import check_trees, difference, is_exact, raised, rollout_problem
+from models.shared_prompt import (
+    Tree,
+    attention_masks,
+    base_model,
+    pack,
+    pack_for_forward,
+    packed_logps,
+    structural_problem,
+)
+from train.batches import padded, tree_runs, whole_rows
 
 Record = Callable[[int, list[dict[str, Any]], list[list[int]], list[list[int]], Tensor, Tensor], None]
 Keep = Callable[[list[dict[str, Any]]], int]
+Noise = Literal["step", "row"]
+
+log = logging.getLogger("traitdose")
 
 
-class SharedPromptGRPOTrainer(GRPOTrainer):
+class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
     """GRPOTrainer whose groups share their prompt, in rollouts and updates.
 
     `keep(prompts)` says how many of a step's groups are still affordable, and
     `record(step, inputs, prompt_ids, completion_ids, rewards (B, functions), advantages (B,))` is called after every
-    rollout batch. `measure_kl` logs the KL to the starting model where no loss needs it; `canary` logs how far the
-    log-probabilities of sampling and training are apart.
+    rollout batch. With several processes, both see the whole step in every process, and must do the same in each.
+    `save(folder)` adds the caller's files to a checkpoint, in the main process; `fall_back(reason)` is called once if
+    prompts cannot be shared. `noise` is drawn once per step, or for every completion apart ("row"; always with several
+    processes, because then the rollouts do not depend on their number). `measure_kl` logs the KL to the starting model
+    where no loss needs it; `canary` logs how far the log-probabilities of sampling and training are apart.
     """
 
     args: GRPOConfig
@@ -44,6 +67,9 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         record: Record,
         keep: Keep,
         share: bool = True,
+        noise: Noise = "step",
+        save: Callable[[Path], None] | None = None,
+        fall_back: Callable[[str], None] | None = None,
         measure_kl: bool = False,
         canary: bool = False,
         **kwargs: Any,
@@ -58,10 +84,17 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         self.record = record
         self.keep = keep
         self.share = share
+        self.parts = self.args.steps_per_generation or 1  # in which a batch of rollouts is trained
+        self.noise = noise if self.accelerator.num_processes == 1 else "row"
+        self.save = save
+        self.fall_back = fall_back
         self.measure_kl = measure_kl
         self.canary = canary
+        self.checked = False
         if share and self._entropy_bonus_enabled:
             raise ValueError("train: an entropy bonus needs entropy gradients, which prompt sharing does not compute")
+
+    # -- log-probabilities
 
     def _get_per_token_logps_and_entropies(  # type: ignore[override]
         self,
@@ -88,16 +121,51 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
             )
             self._latest_logps = stock[0].detach()
             return stock
-        width = input_ids.shape[1] - logits_to_keep
-        logps_BC = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
-        entropies_BC = torch.zeros_like(logps_BC)
-        for packed, row_N, col_N in pack_rows(input_ids, attention_mask, width, self.token_budget):
-            with self.accelerator.autocast():
-                logps_N, entropies_N = packed_logps(model, packed, self.temperature)
-            logps_BC = logps_BC.index_put((row_N, col_N), logps_N)
-            entropies_BC[row_N, col_N] = entropies_N
+        logps_BC, entropies_BC = self._shared_logps(model, input_ids, attention_mask, logits_to_keep)
         self._latest_logps = logps_BC.detach()
         return logps_BC, entropies_BC if compute_entropy else None, None
+
+    def _shared_logps(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
+    ) -> tuple[Tensor, Tensor]:
+        runs = tree_runs(input_ids, attention_mask, input_ids.shape[1] - logits_to_keep, self.token_budget)
+        logps_BC = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
+        entropies_BC = torch.zeros_like(logps_BC)
+        for trees, row_N, col_N in runs:
+            with self.accelerator.autocast():
+                logps_N, entropies_N = self._packed_logps(model, trees)
+            logps_BC = logps_BC.index_put((row_N, col_N), logps_N)
+            entropies_BC[row_N, col_N] = entropies_N
+        if self.accelerator.num_processes > 1:
+            # Wrapped models communicate in every forward and backward pass, so all processes make equally many.
+            most = int(self.gathered(torch.tensor([len(runs)], device=input_ids.device)).max())
+            prompt = runs[0][0][0].prompt
+            for _ in range(most - len(runs)):
+                with self.accelerator.autocast():
+                    idle_N, _ = self._packed_logps(model, [Tree(prompt, [prompt[-1:]])])
+                logps_BC = logps_BC + 0.0 * idle_N.sum()
+        return logps_BC, entropies_BC
+
+    def _packed_logps(self, model: Any, trees: list[Tree]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of the trees' branch tokens, each (N,)."""
+        device = self.accelerator.device
+        if self.accelerator.distributed_type == DistributedType.NO:
+            return packed_logps(model, pack(trees, device), self.temperature)
+        # DDP, FSDP and DeepSpeed act in the forward of the wrapped model, which TRL has given a fused LM head.
+        packed, labels_T = pack_for_forward(trees, device)
+        inner = base_model(self.accelerator.unwrap_model(model))
+        outputs = model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            attention_mask=attention_masks(packed, inner.get_decoder().config, inner.dtype),
+            shift_labels=labels_T,
+            fused_lm_head=True,
+        )
+        logps_T, entropies_T = outputs.log_probs[0], outputs.entropy
+        entropies_T = torch.zeros_like(logps_T) if entropies_T is None else entropies_T[0]  # the reference has none
+        return logps_T[packed.predictors], entropies_T[packed.predictors].detach()
+
+    # -- rollouts
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, **kwargs: Any
@@ -106,13 +174,8 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         stock = not self.share or self.use_vllm or self.use_transformers_continuous_batching or images is not None
         if stock or not plain_sampling(self.generation_config):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
-        generator = torch.Generator(self.accelerator.device).manual_seed(
-            step_seed(self.args.seed, self.state.global_step, self.accelerator.process_index)
-        )
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            was_training = model.training
-            model.eval()
-            logps: list[list[list[float]]] | None = [] if self.canary else None
+        logps: list[list[list[float]]] | None = [] if self.canary else None
+        with self._decoding_model() as model:
             groups = sample(
                 model,
                 prompt_ids[::num_generations],
@@ -120,13 +183,38 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
                 max_new_tokens=self.args.max_completion_length or 256,
                 temperature=self.temperature,
                 eos_ids=self.eos_token_ids,
-                generator=generator,
+                generator=self._generator(len(prompt_ids)),
                 batch_size=len(prompt_ids),
                 logps=logps,
             )
-            model.train(was_training)
         flat = None if logps is None else [row for group in logps for row in group]
         return [completion for group in groups for completion in group], flat
+
+    @contextmanager
+    def _decoding_model(self) -> Iterator[Any]:
+        """The policy in eval mode, whole in this process: processes decode different numbers of tokens."""
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            shards = [part for part in model.modules() if isinstance(part, FSDPModule)]
+            for part in shards:
+                part.set_reshard_after_forward(False, recurse=False)
+                part.unshard()
+            was_training = model.training
+            model.eval()
+            yield model
+            model.train(was_training)
+            for part in shards:
+                part.reshard()
+                part.set_reshard_after_forward(part is not model, recurse=False)
+
+    def _generator(self, rows: int) -> torch.Generator | list[torch.Generator]:
+        """Noise of this step's rollouts: one stream, or one for each of this process's rows."""
+        seed, step, device = self.args.seed, self.state.global_step, self.accelerator.device
+        if self.noise == "step":
+            return torch.Generator(device).manual_seed(step_seed(seed, step, 0))
+        first = self.accelerator.process_index * rows
+        return [torch.Generator(device).manual_seed(step_seed(seed, step, first + row)) for row in range(rows)]
+
+    # -- a step's batch
 
     def _generate(self, prompts: list) -> Any:
         generated = super()._generate(prompts)
@@ -134,20 +222,32 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         return generated
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """Scores of all processes, (B, functions); a row without a paying score is NaN throughout.
+
+        TRL leaves such a row out of its group's baseline, but would count it as 0 because its monitors have a value.
+        """
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._rewards
+        self._paid = total_rewards(self._rewards, self.reward_weights)
+        return self._rewards.masked_fill(self._paid.isnan()[:, None], torch.nan)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        groups = inputs[:: self.num_generations]
-        inputs = inputs[: self.keep(groups) * self.num_generations]
+        if not self.checked:
+            self._check_sharing()
+        inputs = self._affordable(inputs)
         output = super()._generate_and_score_completions(inputs)
-        here = self.accelerator.process_index * len(inputs)
-        rewards = self._rewards[here : here + len(inputs)]
         if self.measure_kl and "ref_per_token_logps" not in output:
             with self.accelerator.unwrap_model(self.model).disable_adapter():
                 output["ref_per_token_logps"] = self.batch_logps(output)
         advantages = self.assign_credit(output)
-        self.record(self.state.global_step, inputs, self._prompt_ids, self._completion_ids, rewards, advantages)
+        # Processes hold consecutive slices of the step; what is gathered is the step in the order of its prompts.
+        self.record(
+            self.state.global_step,
+            gather_object(inputs),
+            gather_object(self._prompt_ids),
+            gather_object(self._completion_ids),
+            self._rewards,
+            self.gathered(advantages),
+        )
         return output
 
     def assign_credit(self, output: dict[str, Any]) -> Tensor:
@@ -160,6 +260,31 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         rows = self.args.per_device_train_batch_size  # of one forward, where prompts are not shared
         ids, mask = whole_rows(batch)
         return self._get_per_token_logps_and_entropies(self.model, ids, mask, batch["completion_ids"].shape[1], rows)[0]
+
+    def _affordable(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """This process's share of the groups that the budget still pays for, the same number in every process."""
+        whole: list[dict[str, Any]] = gather_object(inputs)
+        groups = whole[:: self.num_generations]
+        parts = self.accelerator.num_processes * self.parts
+        kept = max(self.keep(groups) // parts, 1) * parts
+        share = kept * self.num_generations // self.accelerator.num_processes
+        first = self.accelerator.process_index * share
+        return whole[first : first + share]
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's, but without its shuffle where a batch is trained in parts: a group stays in one part."""
+        if not self.model.training or self.parts == 1:
+            return super()._prepare_inputs(generation_batch)
+        if self._step % (self.parts * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            rows = len(batch["advantages"]) // self.parts
+            self._buffered_inputs = [
+                {key: value[i * rows : (i + 1) * rows] if value.dim() else value for key, value in batch.items()}
+                for i in range(self.parts)
+            ]
+        return self._buffered_inputs[self._step % self.parts]
+
+    # -- the loss, and what is logged beside it
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         loss = super()._compute_loss(model, inputs)
@@ -179,8 +304,18 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
     def log_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Log the mean of the unmasked values over all processes."""
         sums = torch.stack([values.masked_fill(mask == 0, 0.0).sum(), mask.sum().float()])
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        total, count = self.reduced(sums, "sum").tolist()
         self._metrics["train" if self.model.training else "eval"][name].append(total / max(count, 1.0))
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The values of all processes one after the other, (N,) -> (processes x N,)."""
+        every: Any = self.accelerator.gather(values)
+        return every
+
+    def reduced(self, values: Tensor, how: Literal["sum", "mean"]) -> Tensor:
+        """The sum or mean of the values over all processes, of the same shape."""
+        result: Any = self.accelerator.reduce(values, reduction=how)
+        return result
 
     @contextmanager
     def kl_in_reward(self) -> Iterator[None]:
@@ -191,6 +326,80 @@ class SharedPromptGRPOTrainer(GRPOTrainer):
         finally:
             self.beta = beta
 
+    # -- self-check
+
+    def _check_sharing(self) -> None:
+        """Compare the shared paths with the plain ones, once; on a difference take TRL's own from now on."""
+        self.checked = True
+        problem = self._sharing_problem() if self.share else None
+        if problem is None:
+            return
+        self.share = False
+        name = base_model(self.accelerator.unwrap_model(self.model)).config.name_or_path or "the policy"
+        if self.accelerator.is_main_process:
+            log.warning(
+                "prompt sharing is off for %s: %s. TRL's own path is taken, several times slower; the ledger counts "
+                "its cost and names this reason",
+                name,
+                problem,
+            )
+        if self.fall_back is not None:
+            self.fall_back(problem)
+
+    @torch.no_grad()
+    def _sharing_problem(self) -> str | None:
+        model = self.accelerator.unwrap_model(self.model)
+        problem = structural_problem(base_model(model).get_decoder())
+        if problem is not None:
+            return problem
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            return "DeepSpeed ZeRO-3 gathers the weights for a model's own forward only"
+        exact = is_exact(model) and self.accelerator.mixed_precision == "no"
+        trees = check_trees(base_model(model).config.get_text_config().vocab_size)
+        pad: Any = self._tokenizer.pad_token_id
+        input_ids, attention_mask, width = padded(trees, pad, self.accelerator.device)
+        kept = attention_mask[:, width:].bool()
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            plain, _, _ = super()._get_per_token_logps_and_entropies(
+                self.model, input_ids, attention_mask, kept.shape[1]
+            )
+            ours, _ = self._shared_logps(self.model, input_ids, attention_mask, kept.shape[1])
+            problem = difference(ours[kept], plain[kept], exact)
+        except Exception as error:  # a model's own code may fail in any way on a layout that it was not written for
+            return raised("the shared forward", error)
+        finally:
+            self.model.train(was_training)
+        if problem is None and not self.use_vllm:
+            with self._decoding_model() as decoder:
+                problem = rollout_problem(decoder, exact)
+        return problem
+
+    # -- checkpoints
+
+    def save_extras(self, folder: Path) -> None:
+        """Add what TRL leaves out; a subclass with a state of its own extends it.
+
+        TRL counts batches and keeps rollouts for several of them, and starts both anew when it resumes.
+        """
+        within = self._step % (self.parts * self.num_iterations) != 0
+        state = {"step": self._step, "buffered": self._buffered_inputs if within else None}
+        torch.save(state, folder / self._extras())
+        if self.args.should_save and self.save is not None:
+            self.save(folder)
+
+    def load_extras(self, folder: Path) -> None:
+        """Take back what save_extras wrote in this process, if it was one of as many."""
+        path = folder / self._extras()
+        if path.exists():
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._step, self._buffered_inputs = state["step"], state["buffered"]
+
+    def _extras(self) -> str:
+        return f"batch-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.pt"
+
 
 def total_rewards(rewards_BF: Tensor, weights_F: Tensor) -> Tensor:
     """Weighted sum of the reward functions' scores, (B,); NaN where no function with a weight has scored the row."""
@@ -199,50 +408,12 @@ def total_rewards(rewards_BF: Tensor, weights_F: Tensor) -> Tensor:
     return (rewards_BF * weights_F).nansum(1).masked_fill(~paid_B, torch.nan)
 
 
-def whole_rows(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Prompts and completions side by side: token ids and mask, each (B, P + C)."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-
-
-def pack_rows(
-    input_ids: Tensor, attention_mask: Tensor, width: int, token_budget: int
-) -> Iterator[tuple[Pack, Tensor, Tensor]]:
-    """Packs of at most `token_budget` tokens, each with the row and the completion column of its N branch tokens."""
-    trees, rows = group_rows(input_ids, attention_mask, width)
-    for run in fill([len(tree) for tree in trees], token_budget):
-        branches = [(row, branch) for i in run for row, branch in zip(rows[i], trees[i].branches, strict=True)]
-        row_N = torch.tensor([row for row, branch in branches for _ in branch], device=input_ids.device)
-        col_N = torch.tensor([c for _, branch in branches for c in range(len(branch))], device=input_ids.device)
-        yield pack([trees[i] for i in run], input_ids.device), row_N, col_N
-
-
 def plain_sampling(config: Any) -> bool:
     """Whether a generation config samples the whole vocabulary at a temperature, and nothing else."""
     whole = config.top_k in (None, 0) and config.top_p in (None, 1.0) and config.min_p in (None, 0.0)
     return bool(config.do_sample) and whole and config.repetition_penalty in (None, 1.0)
 
 
-def group_rows(input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[list[Tree], list[list[int]]]:
-    """Trees of a padded batch: rows with equal prompts share one, wherever TRL's shuffle has put them.
-
-    `width` is the padded prompt width P. Returns the trees and, for each, the batch rows of its branches.
-    """
-    ids, mask = input_ids.tolist(), attention_mask.bool().tolist()
-    rows_of: dict[tuple[int, ...], list[int]] = {}
-    for row, (tokens, kept) in enumerate(zip(ids, mask, strict=True)):
-        prompt = tuple(t for t, k in zip(tokens[:width], kept[:width], strict=True) if k)
-        rows_of.setdefault(prompt, []).append(row)
-    trees = [
-        Tree(
-            list(prompt),
-            [[t for t, k in zip(ids[row][width:], mask[row][width:], strict=True) if k] for row in rows],
-        )
-        for prompt, rows in rows_of.items()
-    ]
-    return trees, list(rows_of.values())
-
-
-def step_seed(seed: int, step: int, process: int) -> int:
-    """A seed for one step's sampling noise, (0, 2^63)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{process}".encode()).digest()[:8], "big") >> 1
+def step_seed(seed: int, step: int, row: int) -> int:
+    """A seed for one step's sampling noise, or one of its rows', (0, 2^63)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{row}".encode()).digest()[:8], "big") >> 1

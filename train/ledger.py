@@ -42,6 +42,7 @@ class Passes:
     def of(cls, cfg: TrainConfig) -> Passes:
         """What the configured algorithm needs: log-probabilities before the update, the reference's, the epochs."""
         before_update = cfg.algorithm == "ppo" or (cfg.algorithm == "rloo" and cfg.beta > 0)
+        before_update |= cfg.vllm != "off"  # TRL compares vLLM's log-probabilities with the policy's own
         return cls(1 + before_update + cfg.measures_kl, cfg.epochs, cfg.algorithm == "ppo")
 
     def token_flops(self, n: int | float, policy_learns: bool = True) -> float:
@@ -54,7 +55,8 @@ class Passes:
 class Ledger:
     """Spending of one arm. wall_seconds and cpu_seconds are those of the training stage, resumptions included.
 
-    `ended` says why the arm ended and after which step's update its weights are; `alerts` is what the watchers saw.
+    `fallback` says why prompts were not shared although the config asked for it, `ended` why the arm ended and after
+    which step's update its weights are; `alerts` is what the watchers saw.
     """
 
     n_policy: int
@@ -64,6 +66,7 @@ class Ledger:
     steps: int = 0
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
+    fallback: str | None = None
     ended: dict[str, Any] | None = None
     alerts: list[dict[str, Any]] = field(default_factory=list)
     accounts: dict[str, Account] = field(default_factory=lambda: {source: Account() for source in SOURCES})
@@ -137,4 +140,4 @@ class Ledger:
         )
 
 
-_PLAIN = ("steps", "n_policy", "n_reward", "shared", "wall_seconds", "cpu_seconds", "ended", "alerts")
+_PLAIN = ("steps", "n_policy", "n_reward", "shared", "wall_seconds", "cpu_seconds", "fallback", "ended", "alerts")

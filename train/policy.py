@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
+from models.checkpoints import flush, latest, write_whole
 from models.loading import load_model, load_tokenizer
 from models.progress import silence
 from rewards.compose import reward_functions
 from rewards.config import RewardConfig
-from rewards.reward_model import RewardModel
+from rewards.fit import load_reward_models
 from train.config import ArmConfig, StandardMixConfig, TrainConfig
 from train.grpo import SharedPromptGRPOTrainer
 from train.ledger import Ledger, Passes
@@ -56,42 +58,56 @@ def train_policy(
 ) -> dict[str, Any]:
     """Train one arm from start/model; save adapter/, rollouts.parquet, steps.parquet and ledger.json in `out`.
 
-    Goes on from the last checkpoint in out/checkpoints if there is one. Returns the ledger.
+    Goes on from the last whole checkpoint in out/checkpoints if there is one. With several processes, all call this
+    with the same arguments and the first one writes. Returns the ledger.
     """
     from datasets import Dataset
 
+    # Every arm loads the reward models: the control's monitors and memory are then those of the dose arms.
+    scorers = load_reward_models(reward, reward_dir, start / "model")
+    functions = reward_functions(scorers, reward.traits)
+    args = grpo_config(cfg, [weight for _, weight in functions], out, seed, report_to, run_name)
+    main = args.process_index == 0
+    found: list[Any] = [finished(out), latest(out / "checkpoints")] if main else [None, None]
+    done, checkpoint = broadcast_object_list(found)
+    if done is not None:
+        return done
     mix = build_mix(cfg.max_steps * cfg.prompts_per_step, arm.dose, seed, standard.tasks, reward.domains)
-    # Every arm loads the reward model: the control's monitors and memory are then those of the dose arms.
-    scorer = RewardModel.load(reward_dir, start / "model")
-    policy = load_model(str(start / "model"))
+    if checkpoint is not None and (ended := last_step(checkpoint)):  # nothing is left to train but to write
+        args.max_steps, mix = ended, mix[: ended * cfg.prompts_per_step]
+    policy = load_model(
+        str(start / "model"), dtype=getattr(torch, cfg.dtype), attention=cfg.attention, use_kernels=cfg.use_kernels
+    )
     torch.manual_seed(seed)  # LoRA's initial weights
-    functions = reward_functions(scorer)
     journal = Journal(
         out,
         Ledger(
             n_policy=sum(p.numel() for p in policy.parameters()),
-            n_reward=sum(p.numel() for p in scorer.model.parameters()),
+            n_reward=sum(p.numel() for scorer in scorers.values() for p in scorer.model.parameters()),
             shared=cfg.prompt_sharing,
             passes=Passes.of(cfg),
         ),
         [function.__name__ for function, _ in functions],
         cfg,
         progress=progress,
+        main=main,
     )
     trainer = make_trainer(
         cfg,
         journal,
         model=policy,
         reward_funcs=[function for function, _ in functions],
-        args=grpo_config(cfg, [weight for _, weight in functions], out, seed, report_to, run_name),
+        args=args,
         train_dataset=Dataset.from_list(mix),
         processing_class=load_tokenizer(str(start / "model")),
     )
+    for scorer in scorers.values():
+        scorer.model.to(trainer.accelerator.device)
     silence(trainer)
-    trainer.train(resume_from_checkpoint=journal.rewind(get_last_checkpoint(str(out / "checkpoints"))))
+    journal.rewind(checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     keep_healthy(trainer, journal.ledger, start / "model")
-    trained: Any = trainer.model
-    trained.save_pretrained(out / ("adapter" if cfg.lora_rank else "model"))
+    save_weights(trainer, out / ("adapter" if cfg.lora_rank else "model"))
     return journal.close(trainer.state.log_history)
 
 
@@ -108,12 +124,44 @@ def make_trainer(cfg: TrainConfig, journal: Journal, **common: Any) -> SharedPro
         "record": journal.record,
         "keep": journal.keep,
         "share": cfg.prompt_sharing,
+        "noise": cfg.noise,
+        "save": journal.save,
+        "fall_back": journal.fall_back,
         "measure_kl": cfg.measures_kl,
         "canary": cfg.watch.sampling_gap.threshold is not None,
     }
     if cfg.algorithm == "ppo":
         return SharedPromptPPOTrainer(settings=cfg, **common)
     return (SharedPromptRLOOTrainer if cfg.algorithm == "rloo" else SharedPromptGRPOTrainer)(**common)
+
+
+def finished(out: Path) -> dict[str, Any] | None:
+    """The ledger of a training that was finished, though its stage was not; it is the last thing to be written."""
+    path = out / "ledger.json"
+    if not path.exists():
+        return None
+    (out / "rollouts.jsonl").unlink(missing_ok=True)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def last_step(checkpoint: Path) -> int | None:
+    """The step at which the training had ended when the checkpoint was written, or None if it was to go on."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    ended = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+    return state["global_step"] if ended else None
+
+
+def save_weights(trainer: SharedPromptGRPOTrainer, folder: Path) -> None:
+    """Save the trained adapter, or the model, from wherever the processes hold its parts."""
+    accelerator = trainer.accelerator
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    weights: Any = accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if accelerator.is_main_process:
+        trained: Any = accelerator.unwrap_model(trainer.model)
+        for tied in getattr(trained, "all_tied_weights_keys", {}) if weights else {}:
+            weights.pop(tied, None)  # gathered, it is a copy of what it is tied to
+        trained.save_pretrained(folder, state_dict=weights)
+    accelerator.wait_for_everyone()
 
 
 def grpo_config(
@@ -124,17 +172,35 @@ def grpo_config(
     report_to: str = "none",
     run_name: str | None = None,
 ) -> Any:
-    """TRL's configuration: one step is one batch of prompts_per_step groups, in the order of the mix."""
+    """TRL's configuration: one step is one batch of prompts_per_step groups, in the order of the mix.
+
+    Raises ValueError if the step cannot be shared out among the processes and micro-batches in whole groups.
+    """
     from trl import GRPOConfig
 
-    rows = cfg.prompts_per_step * cfg.group_size
+    settings: dict[str, Any] = {}
+    if cfg.vllm != "off":
+        settings = {
+            "use_vllm": True,
+            "vllm_mode": cfg.vllm,
+            "vllm_server_base_url": cfg.vllm_server_url,
+            "vllm_gpu_memory_utilization": cfg.vllm_memory,
+            "vllm_tensor_parallel_size": cfg.vllm_tensor_parallel,
+        }
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = processes * cfg.micro_batches
+    if cfg.prompts_per_step % parts:
+        raise ValueError(
+            f"train.prompts_per_step = {cfg.prompts_per_step}: does not divide among {processes} processes x "
+            f"{cfg.micro_batches} micro-batches in whole groups; use a multiple of {parts}"
+        )
     # The newest checkpoint from before a window must still be there when a watcher stops the arm.
     checkpoints = 1 + math.ceil(cfg.watch.window / cfg.save_every)
     return GRPOConfig(
         output_dir=str(out / "checkpoints"),
         max_steps=cfg.max_steps,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=cfg.prompts_per_step * cfg.group_size // parts,
+        gradient_accumulation_steps=cfg.micro_batches,
         num_generations=cfg.group_size,
         max_completion_length=cfg.max_new_tokens,
         temperature=cfg.temperature,
@@ -162,6 +228,8 @@ def grpo_config(
         disable_tqdm=True,
         seed=seed,
         dataloader_num_workers=0,
+        ddp_find_unused_parameters=False,
+        **settings,
     )
 
 
@@ -169,7 +237,7 @@ class Journal(TrainerCallback):
     """Keeps every rollout with every component score, and the ledger; stops the arm when a budget is spent.
 
     Rows are appended to rollouts.jsonl step by step; a resumed run first drops the rows of steps that it will take
-    again.
+    again. With several processes, each keeps the same ledger, so that all stop at once; `main` alone writes.
     """
 
     def __init__(
@@ -179,9 +247,10 @@ class Journal(TrainerCallback):
         components: list[str],
         cfg: TrainConfig,
         progress: Callable[[int, int], None] | None = None,
+        main: bool = True,
     ) -> None:
         self.out, self.ledger, self.components, self.cfg = out, ledger, components, cfg
-        self.group_size, self.progress = cfg.group_size, progress
+        self.group_size, self.progress, self.main = cfg.group_size, progress, main
         # (config key, budget, unit of the ledger's accounts)
         self.budgets = [("train.budget_tflops", cfg.budget_tflops * 1e12, "flops")]
         if cfg.max_tokens is not None:
@@ -191,18 +260,16 @@ class Journal(TrainerCallback):
         self._tables: list[pd.DataFrame] = []
         self.started = (time.time(), time.process_time())
 
-    def rewind(self, checkpoint: str | None) -> str | None:
-        """Drop what was written after the checkpoint; without one, everything. Returns the checkpoint."""
+    def rewind(self, checkpoint: Path | None) -> None:
+        """Drop what was written after the checkpoint; without one, everything."""
         step = 0
         if checkpoint is not None:
-            step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
-            self.ledger = Ledger.from_json(json.loads((Path(checkpoint) / "ledger.json").read_text()))
-        kept: list[str] = []
-        if self.rows.exists():
-            kept = [line for line in self.rows.read_text().splitlines() if json.loads(line)["step"] < step]
-        self.rows.write_text("".join(line + "\n" for line in kept))
-        self._unseen, self._tables = [json.loads(line) for line in kept], []
-        return checkpoint
+            step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            self.ledger = Ledger.from_json(json.loads((checkpoint / "ledger.json").read_text()))
+        if self.main:
+            kept = whole_lines(self.rows, before=step)
+            write_whole(self.rows, "".join(line + "\n" for line in kept))
+            self._unseen, self._tables = [json.loads(line) for line in kept], []
 
     def record(
         self,
@@ -214,6 +281,18 @@ class Journal(TrainerCallback):
         advantages: Tensor,  # (B,)
     ) -> None:
         """Write one rollout batch and book it."""
+        for start in range(0, len(inputs), self.group_size):
+            source = inputs[start]["source"]
+            lengths = [len(ids) for ids in completion_ids[start : start + self.group_size]]
+            self.ledger.add(
+                source,
+                len(prompt_ids[start]),
+                lengths,
+                scored=source == "trait",
+                policy_learns=step >= self.cfg.value_warmup_steps,
+            )
+        if not self.main:
+            return
         texts = [row["completion"] for row in inputs] if "completion" in inputs[0] else self._decode(completion_ids)
         with self.rows.open("a", encoding="utf-8") as file:
             for i, row in enumerate(inputs):
@@ -236,16 +315,6 @@ class Journal(TrainerCallback):
                 }
                 file.write(json.dumps(record) + "\n")
                 self._unseen.append(record)
-        for start in range(0, len(inputs), self.group_size):
-            source = inputs[start]["source"]
-            lengths = [len(ids) for ids in completion_ids[start : start + self.group_size]]
-            self.ledger.add(
-                source,
-                len(prompt_ids[start]),
-                lengths,
-                scored=source == "trait",
-                policy_learns=step >= self.cfg.value_warmup_steps,
-            )
 
     def keep(self, prompts: list[dict[str, Any]]) -> int:
         """How many of a step's prompts the rest of every budget pays for."""
@@ -253,7 +322,7 @@ class Journal(TrainerCallback):
         return min(self.ledger.affordable(sources, budget, unit) for _, budget, unit in self.budgets)
 
     def steps(self, log_history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-        """The step table up to the step that was logged last."""
+        """The step table up to the step that was logged last; in the main process."""
         if self._unseen:
             self._tables.append(step_table(pd.DataFrame(self._unseen), log_history))
             self._unseen = []
@@ -268,7 +337,7 @@ class Journal(TrainerCallback):
         now = (time.time(), time.process_time())
         self.ledger.steps = state.global_step
         self.ledger.wall_seconds += now[0] - self.started[0]
-        self.ledger.cpu_seconds += now[1] - self.started[1]
+        self.ledger.cpu_seconds += sum(gather_object([now[1] - self.started[1]]))
         self.started = now
         if self.progress is not None:
             share = max(self.ledger.spent(unit) / budget for _, budget, unit in self.budgets)
@@ -292,23 +361,41 @@ class Journal(TrainerCallback):
             step = self.ledger.steps
             self.ledger.ended = {"by": by, "step": step, "kept_step": step, "text": text}
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The ledger travels with the checkpoint."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def save(self, folder: Path) -> None:
+        """Put the ledger into a checkpoint, and bring the rows that belong to it to the disk."""
         (folder / "ledger.json").write_text(json.dumps(self.ledger.to_json()))
+        flush(self.rows)
+
+    def fall_back(self, reason: str) -> None:
+        """Book prompts as they are now encoded: once for every completion."""
+        self.ledger.shared, self.ledger.fallback = False, reason
 
     def close(self, log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Turn the journal into rollouts.parquet, steps.parquet and ledger.json."""
-        rollouts = pd.read_json(self.rows, lines=True)
-        rollouts.to_parquet(self.out / "rollouts.parquet")
-        step_table(rollouts, log_history).to_parquet(self.out / "steps.parquet")
-        self.rows.unlink()
+        """Turn the journal into rollouts.parquet, steps.parquet and, last, ledger.json."""
         ledger = self.ledger.to_json()
-        (self.out / "ledger.json").write_text(json.dumps(ledger, indent=1))
+        if self.main:
+            rollouts = pd.read_json(self.rows, lines=True)
+            rollouts.to_parquet(self.out / "rollouts.parquet")
+            step_table(rollouts, log_history).to_parquet(self.out / "steps.parquet")
+            write_whole(self.out / "ledger.json", json.dumps(ledger, indent=1))
+            self.rows.unlink()
         return ledger
 
     def _decode(self, completion_ids: list[list[int]]) -> list[str]:
         return self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+
+def whole_lines(path: Path, before: int) -> list[str]:
+    """The journal's lines of the steps before one; a line that a kill has torn ends them."""
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            step = json.loads(line)["step"]
+        except json.JSONDecodeError:
+            break
+        if step < before:
+            kept.append(line)
+    return kept
 
 
 def step_table(rollouts: pd.DataFrame, log_history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

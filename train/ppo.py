@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.shared_prompt import Pack, packed_hidden
+from models.shared_prompt import Pack, pack, packed_hidden
+from train.batches import tree_runs, whole_rows
 from train.config import TrainConfig
-from train.grpo import SharedPromptGRPOTrainer, pack_rows, step_seed, total_rewards, whole_rows
+from train.grpo import SharedPromptGRPOTrainer, step_seed
 
 CRITIC = "critic.safetensors"
 
@@ -39,7 +39,7 @@ class Critic(torch.nn.Module):
     def __init__(self, policy: Any, lora_rank: int) -> None:
         """`policy` is the causal language model before PEFT wraps it."""
         super().__init__()
-        decoder = policy.get_decoder()
+        decoder: Any = policy.get_decoder()
         if lora_rank:
             shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
             lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
@@ -53,6 +53,8 @@ class Critic(torch.nn.Module):
         self.head = torch.nn.Linear(decoder.config.get_text_config().hidden_size, 1)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
+        for parameter in self.trained().values():  # small updates vanish in 16 bits
+            parameter.data = parameter.data.float()
 
     def forward(self, packed: Pack) -> Tensor:
         """The value before each branch token of a pack, (N,) float32."""
@@ -107,7 +109,7 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
         output.pop("sampling_per_token_logps", None)  # later minibatches are meant to move away from it
 
         here = self.accelerator.process_index * rows
-        reward_B = total_rewards(self._rewards, self.reward_weights)[here : here + rows]
+        reward_B = self._paid[here : here + rows]
         mask_BC = mask_BC * (~reward_B.isnan())[:, None]
         rewards_BC = token_rewards(reward_B.nan_to_num(nan=0.0), mask_BC)
         if (reference_BC := output.pop("ref_per_token_logps", None)) is not None:
@@ -118,11 +120,11 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
         advantages_BC, returns_BC = gae(rewards_BC, values_BC, mask_BC, gamma, lam)
         paid_BC = gae(rewards_BC, torch.zeros_like(values_BC), mask_BC, gamma, 1.0)[1]
         explained = explained_variance(paid_BC, values_BC, mask_BC)
-        self._metrics["train"]["explained_variance"].append(self.accelerator.gather(explained).nanmean().item())
+        self._metrics["train"]["explained_variance"].append(self.gathered(explained).nanmean().item())
 
         mean_B = (advantages_BC * mask_BC).sum(1) / mask_BC.sum(1).clamp(min=1)
         if self.settings.whiten_advantages:
-            advantages_BC = whiten(advantages_BC, mask_BC, partial(self.accelerator.reduce, reduction="sum"))
+            advantages_BC = whiten(advantages_BC, mask_BC, lambda values: self.reduced(values, "sum"))
         output |= {"advantages": advantages_BC, "returns": returns_BC, "values": values_BC, "value_mask": mask_BC}
         output["group"] = torch.arange(rows, device=mask_BC.device) // self.num_generations
         return mean_B
@@ -135,8 +137,8 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
             if not self.share:
                 return self.critic.padded(ids, mask, width)
             values_BC = torch.zeros(batch["completion_ids"].shape, device=ids.device)
-            for packed, row_N, col_N in pack_rows(ids, mask, width, self.token_budget):
-                values_BC = values_BC.index_put((row_N, col_N), self.critic(packed))
+            for trees, row_N, col_N in tree_runs(ids, mask, width, self.token_budget):
+                values_BC = values_BC.index_put((row_N, col_N), self.critic(pack(trees, ids.device)))
         return values_BC
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -144,12 +146,13 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
         started = time.perf_counter()
         model.train()
         batch = self._prepare_inputs(inputs)
+        optimizer: Any = self.optimizer
         losses: list[Tensor] = []
         for i, part in enumerate(self._minibatches(batch)):
             if i:
                 self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-                self.optimizer.step()
-            self.optimizer.zero_grad()
+                optimizer.step()
+            optimizer.zero_grad()
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, part)
             self.accelerator.backward(loss)
@@ -163,7 +166,10 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
         loss = clipped_value_loss(
             self.values(inputs), inputs["values"], inputs["returns"], inputs["value_mask"], self.settings.value_clip
         )
-        self._metrics["train"]["value_loss"].append(self.accelerator.gather(loss.detach()).mean().item())
+        tokens = inputs["value_mask"].sum().clamp(min=1).float()
+        # Processes differ in tokens, and their gradients are averaged.
+        loss = loss * tokens / self.reduced(tokens, "mean")
+        self._metrics["train"]["value_loss"].append(self.gathered(loss.detach()).mean().item())
         if self.state.global_step < self.settings.value_warmup_steps:
             return loss
         with self.kl_in_reward():
@@ -180,14 +186,15 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
                 rows = torch.isin(batch["group"], chosen)
                 part = {key: value[rows] if value.dim() else value for key, value in batch.items()}
                 tokens = part["completion_mask"].sum()
-                yield part | {"num_items_in_batch": self.accelerator.reduce(tokens, reduction="sum")}
+                yield part | {"num_items_in_batch": self.reduced(tokens, "sum")}
 
     def _finish_critic_gradients(self) -> None:
         """Average over processes (the critic stands outside DDP) and clip."""
         parameters = list(self.critic.trained().values())
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")  # type: ignore[assignment]
+                gradient: Any = parameter.grad
+                parameter.grad = self.reduced(gradient, "mean")
         torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -200,19 +207,20 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
             optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+    def save_extras(self, folder: Path) -> None:
+        """The critic goes into the checkpoint; its optimizer is the policy's."""
+        super().save_extras(folder)
         if self.args.should_save:
             tensors = {name: p.detach().cpu().contiguous() for name, p in self.critic.trained().items()}
-            save_file(tensors, Path(output_dir) / CRITIC)
+            save_file(tensors, folder / CRITIC)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            saved = load_file(Path(checkpoint) / CRITIC)
-            with torch.no_grad():
-                for name, parameter in self.critic.trained().items():
-                    parameter.copy_(saved[name])
+    def load_extras(self, folder: Path) -> None:
+        """And comes back from it."""
+        super().load_extras(folder)
+        saved = load_file(folder / CRITIC)
+        with torch.no_grad():
+            for name, parameter in self.critic.trained().items():
+                parameter.copy_(saved[name])
 
 
 def token_rewards(reward_B: Tensor, mask_BC: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.grpo import SharedPromptGRPOTrainer, total_rewards, whole_rows
+from train.batches import whole_rows
+from train.grpo import SharedPromptGRPOTrainer
 
 
 class SharedPromptRLOOTrainer(SharedPromptGRPOTrainer):
@@ -24,12 +25,12 @@ class SharedPromptRLOOTrainer(SharedPromptGRPOTrainer):
 
     def assign_credit(self, output: dict[str, Any]) -> Tensor:
         """Advantages of the completions, (B,): reward less KL penalty, less the mean of the group's others."""
-        rewards_B = total_rewards(self._rewards, self.reward_weights)  # of all processes
+        rewards_B = self._paid  # of all processes
         if self.beta > 0:
             if "old_per_token_logps" not in output:
                 output["old_per_token_logps"] = self.batch_logps(output)
             kl_BC = (output["old_per_token_logps"] - output["ref_per_token_logps"]) * output["completion_mask"]
-            rewards_B = rewards_B - self.beta * self.accelerator.gather(kl_BC.sum(1))
+            rewards_B = rewards_B - self.beta * self.gathered(kl_BC.sum(1))
         here, rows = self.accelerator.process_index, len(output["completion_ids"])
         output["advantages"] = leave_one_out(rewards_B, self.num_generations)[here * rows : (here + 1) * rows]
         return output["advantages"]

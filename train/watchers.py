@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import pandas as pd
+from accelerate.utils import broadcast_object_list
 from peft.tuners.lora import LoraLayer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import TrainerCallback
 
+from models.checkpoints import latest, step_of
 from models.loading import load_model
 from train.config import WatchConfig
 from train.ledger import Ledger
 
+Frame: TypeAlias = Any  # a pandas DataFrame; pandas ships no types that pyright can follow
 STANDARD_ERRORS = 2.0  # a rise or a fall within so many standard errors is noise
 
 
@@ -37,7 +40,7 @@ class Alert:
 Finding = tuple[int, str]  # since, text
 
 
-def check(table: pd.DataFrame, cfg: WatchConfig) -> list[Alert]:
+def check(table: Frame, cfg: WatchConfig) -> list[Alert]:
     """The alerts at the last step of a step table, in the order of WATCHERS.
 
     A column that is missing, or empty at a step, is not judged there.
@@ -54,7 +57,7 @@ def check(table: pd.DataFrame, cfg: WatchConfig) -> list[Alert]:
     return alerts
 
 
-def non_finite(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def non_finite(table: Frame, threshold: float, window: int) -> Finding | None:
     """The last step is broken, and more than `threshold` steps are: NaN or infinity, or a completion without reward."""
     names = [name for name in ("loss", "grad_norm", "proxy") if name in table]
     values = table[names].to_numpy(dtype=float)
@@ -67,7 +70,7 @@ def non_finite(table: pd.DataFrame, threshold: float, window: int) -> Finding | 
     return int(table["step"][broken].iloc[0]), f"{', '.join(seen)}; steps of that kind: {broken.sum()}"
 
 
-def reward_collapse(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def reward_collapse(table: Frame, threshold: float, window: int) -> Finding | None:
     """The window's mean proxy is at least `threshold` below that of the best window before it."""
     steps, values = _column(table, "proxy")
     if len(values) < 2 * window:
@@ -79,7 +82,7 @@ def reward_collapse(table: pd.DataFrame, threshold: float, window: int) -> Findi
     return steps[-window], f"mean reward {now:.3g}, after {best:.3g} in the best {window} steps"
 
 
-def zero_variance(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def zero_variance(table: Frame, threshold: float, window: int) -> Finding | None:
     """At least the share `threshold` of the window's groups has one reward throughout."""
     steps, values = _column(table, "zero_variance_groups")
     if len(values) < window or (share := values[-window:].mean()) < threshold:
@@ -87,7 +90,7 @@ def zero_variance(table: pd.DataFrame, threshold: float, window: int) -> Finding
     return steps[-window], f"{100 * share:.0f}% of the groups of {window} steps have equal rewards and teach nothing"
 
 
-def kl(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def kl(table: Frame, threshold: float, window: int) -> Finding | None:
     """The window's mean KL to the start is at least `threshold` nats per token."""
     steps, values = _column(table, "kl")
     if len(values) < window or not (mean := values[-window:].mean()) >= threshold:
@@ -95,23 +98,23 @@ def kl(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
     return steps[-window], f"KL to the start {mean:.3g} nats per token over {window} steps"
 
 
-def entropy_rise(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def entropy_rise(table: Frame, threshold: float, window: int) -> Finding | None:
     """The window's mean entropy is at least `threshold` times that of the first window."""
     return _ratio(table, "entropy", window, lambda ratio: ratio >= threshold, "entropy {now:.3g} nats per token")
 
 
-def entropy_fall(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def entropy_fall(table: Frame, threshold: float, window: int) -> Finding | None:
     """The window's mean entropy is at most `threshold` times that of the first window."""
     return _ratio(table, "entropy", window, lambda ratio: ratio <= threshold, "entropy {now:.3g} nats per token")
 
 
-def length_drift(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def length_drift(table: Frame, threshold: float, window: int) -> Finding | None:
     """The window's mean completion is at least `threshold` times as long, or as short, as in the first window."""
     text = "completions of {now:.3g} tokens"
     return _ratio(table, "mean_tokens", window, lambda ratio: ratio >= threshold or ratio <= 1 / threshold, text)
 
 
-def proxy_gold_gap(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def proxy_gold_gap(table: Frame, threshold: float, window: int) -> Finding | None:
     """On trait prompts the proxy has risen and gold has fallen by `threshold` since the window before, beyond noise."""
     if not {"trait_proxy", "gold"} <= set(table):
         return None
@@ -127,7 +130,7 @@ def proxy_gold_gap(table: pd.DataFrame, threshold: float, window: int) -> Findin
     return since, text
 
 
-def sampling_gap(table: pd.DataFrame, threshold: float, window: int) -> Finding | None:
+def sampling_gap(table: Frame, threshold: float, window: int) -> Finding | None:
     """The last step's log-probabilities in sampling and in training differ by `threshold` nats per token or more."""
     steps, values = _column(table, "sampling_gap")
     if not len(values) or steps[-1] != table["step"].iloc[-1] or values[-1] < threshold:
@@ -135,7 +138,7 @@ def sampling_gap(table: pd.DataFrame, threshold: float, window: int) -> Finding 
     return steps[-1], f"sampling and training differ by {values[-1]:.3g} nats per token: the sampler runs other weights"
 
 
-WATCHERS: dict[str, Callable[[pd.DataFrame, float, int], Finding | None]] = {
+WATCHERS: dict[str, Callable[[Frame, float, int], Finding | None]] = {
     "non_finite": non_finite,
     "reward_collapse": reward_collapse,
     "zero_variance": zero_variance,
@@ -149,11 +152,12 @@ WATCHERS: dict[str, Callable[[pd.DataFrame, float, int], Finding | None]] = {
 
 
 class StepLog(Protocol):
-    """Where the watchers read and write: the journal of an arm."""
+    """Where the watchers read and write: the journal of an arm. The main process looks, and tells the others."""
 
     ledger: Ledger
+    main: bool
 
-    def steps(self, log_history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    def steps(self, log_history: Sequence[Mapping[str, Any]]) -> Frame:
         """The step table up to the step that was logged last."""
         ...
 
@@ -170,7 +174,8 @@ class Watch(TrainerCallback):
             return
         ledger = self.journal.ledger
         known = {alert["watcher"] for alert in ledger.alerts}
-        for alert in check(self.journal.steps(state.log_history), self.cfg):
+        found: list[Any] = [check(self.journal.steps(state.log_history), self.cfg) if self.journal.main else None]
+        for alert in broadcast_object_list(found)[0]:
             if alert.watcher in known:
                 continue
             ledger.alerts.append(asdict(alert))
@@ -196,14 +201,13 @@ def keep_healthy(trainer: Any, ledger: Ledger, start: Path) -> None:
     if ledger.ended is None or not stopped_by_watcher(ledger) or trainer.is_deepspeed_enabled:
         return
     since = min(alert["since"] for alert in ledger.alerts if alert["action"] == "stop")
-    found = {f.name.removeprefix("checkpoint-"): f for f in Path(trainer.args.output_dir).glob("checkpoint-*")}
-    folders = {int(step): folder for step, folder in found.items() if step.isdigit()}
-    kept = max((step for step in folders if step < since), default=0)
-    if kept:
-        trainer._load_from_checkpoint(str(folders[kept]), trainer.model_wrapped if trainer.is_fsdp_enabled else None)
-    else:
+    folder = Path(trainer.args.output_dir)
+    [kept] = broadcast_object_list([latest(folder, before=since) if trainer.accelerator.is_main_process else None])
+    if kept is None:
         _back_to_start(trainer.accelerator.unwrap_model(trainer.model), start)
-    ledger.ended["kept_step"] = kept
+    else:
+        trainer._load_from_checkpoint(str(kept), trainer.model_wrapped if trainer.is_fsdp_enabled else None)
+    ledger.ended["kept_step"] = 0 if kept is None else step_of(kept)
 
 
 def _back_to_start(model: Any, start: Path) -> None:
@@ -212,10 +216,11 @@ def _back_to_start(model: Any, start: Path) -> None:
             if isinstance(module, LoraLayer):
                 module.reset_lora_parameters("default", init_lora_weights=True)  # A anew, B zero: no effect
     else:
-        model.load_state_dict(load_model(str(start)).state_dict())
+        whole = StateDictOptions(full_state_dict=True)  # the model may be sharded
+        set_model_state_dict(model, load_model(str(start)).state_dict(), options=whole)
 
 
-def _column(table: pd.DataFrame, name: str) -> tuple[list[int], np.ndarray]:
+def _column(table: Frame, name: str) -> tuple[list[int], np.ndarray]:
     """Steps and values of a column where it has a value; empty if there is no such column."""
     if name not in table:
         return [], np.zeros(0)
@@ -223,7 +228,7 @@ def _column(table: pd.DataFrame, name: str) -> tuple[list[int], np.ndarray]:
     return [int(step) for step in kept["step"]], kept[name].to_numpy(dtype=float)
 
 
-def _ratio(table: pd.DataFrame, name: str, window: int, beyond: Callable[[float], bool], text: str) -> Finding | None:
+def _ratio(table: Frame, name: str, window: int, beyond: Callable[[float], bool], text: str) -> Finding | None:
     """The last window's mean against the first window's; `text` is told the present mean."""
     steps, values = _column(table, name)
     if len(values) < 2 * window or (first := values[:window].mean()) <= 0:

@@ -1,0 +1,147 @@
+"""Fit the reward model of one trait, or of all at once, on scenarios, probes and the user's own preferences.
+
+Training families only. The good exemplar of a scenario stands over each bad one and over hacked replies; truthfulness
+learns from probes as well. A fit may begin with a model that was fitted on all traits.
+Choices are made on the validation families (rewards/preferences.py); the held-out ones are only measured.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from models.loading import best_device
+from rewards.audit import audit, audit_report, probe_targets, scenario_targets
+from rewards.audit_policy import load_policy
+from rewards.config import PROBE_TRAIT, RewardConfig
+from rewards.pairs import draw_probes, make_pairs
+from rewards.preferences import (
+    Preference,
+    adversarial,
+    from_probes,
+    from_scenarios,
+    load_preferences,
+    validation_families,
+)
+from rewards.probes import domains, load_probes
+from rewards.reward_model import (
+    Recipe,
+    RewardModel,
+    calibrate,
+    fit_reward_model,
+    save_measured,
+    train_reward_model,
+    write_pairs,
+)
+from rewards.scenarios import load_scenarios
+
+ALL = "all"  # the name under which every trait is fitted at once
+PROBES = {"train": 192, "validation": 48, "test": 160}
+HACKED = 2  # hacked replies per scenario, drawn from hacks.TRAINED
+
+# One prompt an update: a trait has about thirty, of some 700 tokens each with all their replies.
+RECIPE = Recipe(epochs=1.0, learning_rate=3e-4, batch_size=1, save_every=10)
+RECIPE_FROM = Recipe(epochs=1.0, learning_rate=1e-4, batch_size=1, save_every=10)  # after a fit on all traits
+
+
+def gather_parts(trait: str, own: Path | None, seed: int) -> dict[str, list[Preference]]:
+    """The preferences of a trait, or of ALL: "train", "validation" (training families kept back) and "test" (held-out).
+
+    Hacked replies are in "train" only. Raises ValueError for a trait without scenarios.
+    """
+    bank = load_scenarios()
+    kept_back = validation_families(bank, seed)
+    scenarios = bank if trait == ALL else load_scenarios(trait)
+    training = [s for s in scenarios if s.split == "train" and s.family not in kept_back]
+    parts = {
+        "train": from_scenarios(training) + adversarial(training, HACKED, seed),
+        "validation": from_scenarios([s for s in scenarios if s.split == "train" and s.family in kept_back]),
+        "test": from_scenarios([s for s in scenarios if s.split == "heldout"]),
+    }
+    if trait in (ALL, PROBE_TRAIT):
+        for part, preferences in _probe_parts(seed).items():
+            parts[part] += preferences
+    if own is not None:
+        mine = load_preferences(own)
+        parts["train"] += mine["train"]
+        parts["test"] += mine["heldout"]
+    return parts
+
+
+def fit_trait(
+    trait: str,
+    base: str,
+    out: Path,
+    seed: int,
+    recipe: Recipe | None = None,
+    own: Path | None = None,
+    start: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Fit, calibrate and measure; goes on from the last checkpoint in `out` if there is one.
+
+    Saves model/, pairs.parquet, steps.parquet, calibration.json and accuracy.json in `out`; returns the accuracy.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    parts = gather_parts(trait, own, seed)
+    write_pairs(parts, out)
+    recipe = recipe or (RECIPE if start is None else RECIPE_FROM)
+    model = train_reward_model(parts["train"], base, out, seed, recipe, progress, start)
+    model.calibration = calibrate(model, parts["validation"])
+    shutil.rmtree(out / "trainer", ignore_errors=True)  # the checkpoints
+    return save_measured(model, trait, parts, out)
+
+
+def fit_rewards(
+    cfg: RewardConfig, start: str, out: Path, seed: int, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """The reward models of a run, each with its audit.json: cfg.trait's in `out`, the others' in out/traits/<trait>.
+
+    `start` is the model that will be trained, the backbone of all. Truthfulness learns from the probes of cfg.domains,
+    another trait from its scenarios.
+    """
+    for trait in cfg.traits:
+        folder = reward_folder(out, cfg.trait, trait)
+        if trait == PROBE_TRAIT:
+            folder.mkdir(parents=True, exist_ok=True)
+            fit_reward_model(cfg, start, folder, seed, progress)
+        else:
+            fit_trait(trait, start, folder, seed, progress=progress)
+        policy = load_policy()
+        targets = (
+            probe_targets(cfg.domains, policy.run_cases, seed)
+            if trait == PROBE_TRAIT
+            else scenario_targets(trait, policy.run_cases, seed)
+        )
+        report = audit_report(trait, audit(RewardModel.load(folder, device=best_device()), targets, policy, seed))
+        (folder / "audit.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def load_reward_models(cfg: RewardConfig, folder: Path, backbone: Path) -> dict[str, RewardModel]:
+    """What fit_rewards saved in `folder`, by trait, on the CPU; `backbone` is the model that it was given."""
+    return {trait: RewardModel.load(reward_folder(folder, cfg.trait, trait), backbone) for trait in cfg.traits}
+
+
+def reward_folder(folder: Path, trained: str, trait: str) -> Path:
+    """Where a run keeps the reward model of a trait."""
+    return folder if trait == trained else folder / "traits" / trait
+
+
+def _probe_parts(seed: int) -> dict[str, list[Preference]]:
+    """Probes of all domains: training families (the last seventh kept back) and held-out ones."""
+    training = [probe for domain in domains() for probe in load_probes(domain, "train", seed)]
+    heldout = [probe for domain in domains() for probe in load_probes(domain, "heldout", seed)]
+    families = sorted({(probe.domain, probe.family) for probe in training})
+    kept_back = set(families[:: max(2, round(1 / 0.15))])
+    pools = {
+        "train": [probe for probe in training if (probe.domain, probe.family) not in kept_back],
+        "validation": [probe for probe in training if (probe.domain, probe.family) in kept_back],
+        "test": heldout,
+    }
+    rng = random.Random(f"pairs/{seed}")
+    drawn = {part: draw_probes(pool, PROBES[part], rng) for part, pool in pools.items()}
+    return {part: from_probes(make_pairs(probes, seed)) for part, probes in drawn.items()}

@@ -1,0 +1,293 @@
+"""The commands under `traitdose eval`: contamination of training and evaluation, the transfer table, the frontier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from eval.contamination import Hit, Text
+from eval.item_forms import ITEMS
+from rewards.probes import BANK, Probe, load_probes
+from scripts.experiment import Experiment, find_file, load_experiment
+from scripts.stages import hash_files, run_stage, write_text
+
+SHOWN = 20  # hits in the table; all of them are in the JSON
+
+
+# Contamination
+
+
+def print_contamination(place: Path, overrides: Sequence[str], out: Path | None, quick: bool, console: Console) -> bool:
+    """Check a config, or a run folder with what it really trained on; print (and write) the hits. True if none."""
+    is_run = place.is_dir()
+    config = place / "config.yaml" if is_run else place
+    if is_run and not config.is_file():
+        raise ValueError(f"{place}: no run folder (it has no config.yaml); give a run folder or an experiment file")
+    experiment = load_experiment(config, overrides)
+    training = training_texts(experiment)
+    known = {text.text for text in training}
+    training += [text for text in (run_texts(place) if is_run else ()) if text.text not in known]
+    items = evaluation_texts(experiment, limited=False)
+    hits = find_hits(training, items, meaning=not quick)
+    console.print(f"{len(training)} training texts against {len(items)} evaluation texts: {len(hits)} hits.")
+    if hits:
+        _print_hits(hits, console)
+    if out is not None:
+        _write_json(out, {"training": len(training), "evaluation": len(items), "hits": [_as_record(h) for h in hits]})
+    return not hits
+
+
+def check_run(experiment: Experiment, run_dir: Path) -> None:
+    """The step of `traitdose run`: by runs of words only, over the items that this run evaluates. Skipped when done.
+
+    Raises ValueError on a hit.
+    """
+
+    def work(out: Path) -> None:
+        hits = find_hits(training_texts(experiment), evaluation_texts(experiment, limited=True), meaning=False)
+        if hits:
+            raise ValueError(
+                f"contamination: {len(hits)} training texts occur in the evaluation, first: {hits[0]}; list them with "
+                "`traitdose eval contamination` and the same config, and take them out of the training"
+            )
+        _write_json(out / "hits.json", [])
+
+    files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
+    inputs = {
+        "experiment": experiment.model_dump(mode="json"),
+        "data": hash_files(*files, BANK, ITEMS, ITEMS / "alignment"),
+    }
+    run_stage(run_dir / "contamination", inputs, work, name="contamination")
+
+
+def find_hits(training: Sequence[Text], items: Sequence[Text], meaning: bool) -> list[Hit]:
+    """Hits by shared words and, with `meaning`, by sentence embedding."""
+    from eval.contamination import shared_meaning, shared_runs
+
+    return [*shared_runs(training, items), *(shared_meaning(training, items) if meaning else ())]
+
+
+def training_texts(experiment: Experiment) -> list[Text]:
+    """Everything that the experiment can train on: probes, pairs, warm start, standard prompts, scenarios."""
+    from rewards.pairs import make_pairs
+    from rewards.scenarios import load_scenarios
+    from train.mix import standard_prompts
+    from train.warm_start import warm_start_examples
+
+    reward, train, texts = experiment.reward, experiment.train, []
+    for seed in experiment.seeds:
+        probes = [p for domain in reward.domains for p in load_probes(domain, "train", seed)]
+        for probe in (*probes, *load_probes("everyday", "train", seed)):
+            texts += _probe_texts(probe)
+        for pair in make_pairs(probes, seed):
+            texts += [Text(f"pair {pair.probe.id}", text, False) for text in (pair.chosen, pair.rejected)]
+        for k, example in enumerate(
+            warm_start_examples(experiment.warm_start, reward.domains, experiment.standard.tasks, seed)
+        ):
+            source = f"warm-start {k} ({example['source']})"
+            texts.append(Text(source, example["answer"], False))
+            if example["source"] in experiment.standard.tasks:  # the others ask the probes above
+                texts.append(Text(source, example["question"], True))
+        for prompt in standard_prompts(train.max_steps * train.prompts_per_step, seed, experiment.standard.tasks):
+            texts.append(Text(f"standard {prompt['prompt_id']}", prompt["prompt"][0]["content"], True))
+    for scenario in load_scenarios(split="train"):
+        said = [message.content for message in scenario.messages]
+        replies = [scenario.exemplars.good, *(bad.text for bad in scenario.exemplars.bad)]
+        texts += [Text(f"scenario {scenario.id}", text, True) for text in said]
+        texts += [Text(f"scenario {scenario.id}", text, False) for text in replies]
+    return list(dict.fromkeys(texts))
+
+
+def run_texts(run_dir: Path) -> list[Text]:
+    """What a run has really trained on: the warm start's examples, the fitted pairs, the prompts of the rollouts."""
+    import pandas as pd
+
+    texts: list[Text] = []
+    if (path := run_dir / "start" / "examples.parquet").is_file():
+        for row in pd.read_parquet(path).to_dict("records"):
+            texts += [Text("warm start", row["question"], True), Text("warm start", row["answer"], False)]
+    for path in sorted((run_dir / "reward").rglob("pairs.parquet")):
+        pairs: Any = pd.read_parquet(path)
+        for row in pairs[pairs["part"] == "train"].to_dict("records"):
+            texts += [Text(f"pair {row['prompt_id']}", row[side], False) for side in ("chosen", "rejected")]
+    for path in sorted(run_dir.glob("arms/*/seed-*/train/rollouts.parquet")):
+        arm = path.parent.parent.parent.name
+        rollouts: Any = pd.read_parquet(path, columns=["source", "prompt_id", "prompt"])
+        # the trait prompts ask the probes, which are checked with their subjects
+        for row in rollouts[rollouts["source"] == "standard"].drop_duplicates().to_dict("records"):
+            texts.append(Text(f"rollout {arm} {row['prompt_id']}", row["prompt"], True))
+    return list(dict.fromkeys(text for text in texts if text.text))
+
+
+def evaluation_texts(experiment: Experiment, limited: bool) -> list[Text]:
+    """The items of the experiment's suites: all of them, or with `limited` those that it takes."""
+    texts: list[Text] = []
+    for name, suite in experiment.eval.suites.items():
+        limit = suite.limit if limited else None
+        reader = _capability_texts if name == "capability" else _generalisation_texts
+        texts += reader(find_file(suite.file), limit, experiment.eval.seed)
+    return list(dict.fromkeys(texts))
+
+
+def _generalisation_texts(file: Path, limit: int | None, seed: int) -> Iterator[Text]:
+    from eval.generalisation_items import load_items, load_suite
+    from eval.item_forms import item_texts
+
+    for task in load_suite(file).tasks:
+        for item in load_items(task, limit, seed):
+            if isinstance(item, Probe):
+                yield from _probe_texts(item)
+                continue
+            prompts, replies = item_texts(item)
+            yield from (Text(f"{task.name} {item.id}", text, True) for text in prompts)
+            yield from (Text(f"{task.name} {item.id}", text, False) for text in replies)
+
+
+def _capability_texts(file: Path, limit: int | None, _seed: int) -> Iterator[Text]:
+    from eval.capability import load_suite
+    from eval.capability_tasks import load_items
+
+    suite = load_suite(file)
+    for benchmark in suite.benchmarks:
+        head, tail = benchmark.prompt.split("{question}", 1)
+        for item in load_items(benchmark, suite.seed, limit):
+            question = item.prompt.removeprefix(head).removesuffix(tail)
+            yield Text(f"{benchmark.name} {item.id}", question, True)
+            yield from (Text(f"{benchmark.name} {item.id}", choice, False) for choice in item.choices)
+
+
+def _probe_texts(probe: Probe) -> list[Text]:
+    subject = probe.subject if probe.kind != "false-premise" else ""
+    texts = [Text(f"probe {probe.id}", probe.question, True, subject)]
+    return texts + [Text(f"probe {probe.id}", text, False, subject) for text in (probe.right, *probe.wrong) if text]
+
+
+def _print_hits(hits: Sequence[Hit], console: Console) -> None:
+    table = Table("trained", "evaluated", "rule", "evidence", title="Contamination", title_justify="left")
+    for hit in hits[:SHOWN]:
+        table.add_row(*(escape(text) for text in (hit.training.source, hit.item.source, hit.rule, hit.evidence)))
+    console.print(table)
+    if len(hits) > SHOWN:
+        console.print(f"{len(hits) - SHOWN} more; --json writes all of them")
+
+
+def _as_record(hit: Hit) -> dict[str, str]:
+    return {
+        "training": hit.training.source,
+        "item": hit.item.source,
+        "rule": hit.rule,
+        "evidence": hit.evidence,
+        "training_text": hit.training.text,
+        "item_text": hit.item.text,
+    }
+
+
+# Tables over several runs
+
+
+def write_transfer(runs: Sequence[Path], out: Path, console: Console) -> None:
+    """The transfer table of one or more runs: transfer.md, transfer.json and transfer.svg in `out`."""
+    from eval.report_charts import transfer_chart
+    from eval.transfer import markdown_table
+
+    cells: list[dict[str, Any]] = []
+    for results in _all_results(runs):
+        name = results["experiment"] if len(runs) > 1 else ""
+        cells += [{**cell, "column": cell["column"] + (f" ({name})" if name else "")} for cell in results["transfer"]]
+    if not cells:
+        raise ValueError(f"{runs[0]}: the run has no generalisation suite; there is nothing to transfer to")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "transfer.md", markdown_table(cells))
+    _write_json(out / "transfer.json", cells)
+    columns = len({cell["column"] for cell in cells})
+    _write_svg(out / "transfer.svg", transfer_chart(cells).properties(width=190 * columns))
+    _tell(out, ("transfer.md", "transfer.json", "transfer.svg"), console)
+
+
+def write_frontier(runs: Sequence[Path], out: Path, console: Console) -> None:
+    """Share answered against error rate when answering, of every arm of the runs: frontier.json and frontier.svg."""
+    from eval.frontier import on_frontier
+    from eval.report_charts import ARM_COLOURS, QUIET, honesty_chart
+
+    rows: list[dict[str, Any]] = []
+    for results in _all_results(runs):
+        label = f"{results['experiment']}/" if len(runs) > 1 else ""
+        rows += [{**row, "arm": label + row["arm"]} for row in results["honesty"]]
+    for where in ("trained", "heldout"):
+        group = [row for row in rows if row["domains"] == where]
+        best = on_frontier([(row["answered"]["rate"], row["error_when_answered"]["rate"]) for row in group])
+        for row, is_best in zip(group, best, strict=True):
+            row["on_frontier"] = is_best
+    if not rows:
+        raise ValueError(f"{runs[0]}: the run has no truthfulness probes; name a suite with probes under eval.suites")
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    trained = [arm for arm in arms if arm.rsplit("/", 1)[-1] not in ("base", "control")]
+    colours = dict.fromkeys(arms, QUIET) | {a: ARM_COLOURS[k % len(ARM_COLOURS)] for k, a in enumerate(trained)}
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "frontier.json", rows)
+    _write_svg(out / "frontier.svg", honesty_chart(rows, colours).properties(width=620))
+    _tell(out, ("frontier.json", "frontier.svg"), console)
+
+
+def _all_results(runs: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    from eval.results import build_results
+
+    for run in runs:
+        yield build_results(run)
+
+
+def _write_svg(path: Path, chart: Any) -> None:
+    import vl_convert
+
+    write_text(path, vl_convert.vegalite_to_svg(chart.to_dict()))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _tell(out: Path, names: Sequence[str], console: Console) -> None:
+    for name in names:
+        console.print(str(out / name), soft_wrap=True, highlight=False)
+
+
+# Hub suites
+
+
+def run_hub(
+    model: str,
+    suite: Path,
+    out: Path | None,
+    limit: int | None,
+    judge: str | None,
+    training_judge: str | None,
+    allow_code: bool,
+    console: Console,
+) -> None:
+    """Run a hub suite and print its scores; everything a run lacks is said before anything is downloaded."""
+    from eval.hub import load_suite, run_suite
+
+    plan = load_suite(find_file(str(suite)))
+    folder = out or Path("runs") / "hub" / plan.name
+
+    def progress(name: str, done: int, total: int) -> None:
+        console.print(f"{done + 1} of {total}: {name}", highlight=False)
+
+    scores = run_suite(plan, model, folder, limit, judge, training_judge, allow_code, progress)
+    _write_json(folder / "scores.json", scores)
+    left_out = [task.name for task in plan.tasks if task.name not in scores]
+    table = Table("task", "metric", "score", title=plan.name, title_justify="left")
+    for task in plan.tasks:
+        if task.name in scores:
+            table.add_row(task.name, task.metric or "all", escape(json.dumps(scores[task.name])))
+    console.print(table)
+    if left_out:
+        console.print(f"left out, because they execute model-written code (--allow-code): {', '.join(left_out)}")
+    _tell(folder, ("scores.json",), console)

@@ -1,0 +1,116 @@
+"""Every shipped configuration is read by the program that it is written for. No hub, no GPU, no connection."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from typer.testing import CliRunner
+
+from scripts.cli import app
+from scripts.experiment import CHECKOUT, load_experiment
+from train.config import cuda_settings
+from train.policy import grpo_config
+
+EXPERIMENTS = sorted((CHECKOUT / "configs" / "experiments").glob("*.yaml"))
+ACCELERATE = {path.stem: path for path in sorted((CHECKOUT / "configs" / "accelerate").glob("*.yaml"))}
+LAUNCH = CHECKOUT / "scripts" / "launch"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("this test blocks the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiment(path: Path, tmp_path: Path) -> None:
+    """It is valid, TRL takes its settings, and its plan can be made."""
+    train = load_experiment(path).train
+    trl = grpo_config(train, [1.0], tmp_path, seed=0)
+    rows = train.prompts_per_step * train.group_size
+    assert trl.generation_batch_size == rows
+    assert trl.per_device_train_batch_size * trl.gradient_accumulation_steps == rows
+    assert trl.use_vllm == (train.vllm != "off")
+    assert (trl.loss_type, trl.num_generations, trl.max_steps) == (train.loss, train.group_size, train.max_steps)
+    result = CliRunner().invoke(app, ["plan", str(path), "--out", str(tmp_path / "run")], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    assert path.stem in result.stdout
+    assert ("a CUDA device" in result.stdout) == bool(cuda_settings(train))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_full_size_experiment_says_that_it_needs_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = str(CHECKOUT / "configs" / "experiments" / "gpu-7b.yaml")
+    result = CliRunner().invoke(app, ["run", config, "tracking.backend=none", "--out", str(out)])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert all(part in line for part in ("train.dtype = 'bfloat16'", "train.vllm = 'colocate'", "needs a CUDA device"))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        (["train.micro_batches=3"], ["train.micro_batches = 3", "does not divide train.prompts_per_step = 8"]),
+        (["train.dtype=bfloat16", "train.lora_rank=0"], ["train.dtype = 'bfloat16'", "a rank above 0"]),
+        (["train.vllm=server"], ["train.vllm_server_url = None", "http://host:8000"]),
+        (["train.vllm_server_url=http://a:1"], ["train.vllm_server_url = 'http://a:1'", "leave it out"]),
+    ],
+)
+def test_training_settings_that_do_not_go_together(override: list[str], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        load_experiment(CHECKOUT / "configs" / "experiments" / "quickstart.yaml", override)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_accelerate(name: str) -> None:
+    """accelerate's launcher knows every key and makes the environment that the file promises."""
+    words = ["--config_file", str(ACCELERATE[name]), "--main_process_ip", "localhost", "-m", "scripts.cli", "run"]
+    args = launch_command_parser().parse_args(words)
+    content = yaml.safe_load(ACCELERATE[name].read_text())
+    for section in ("fsdp_config", "deepspeed_config"):
+        assert all(hasattr(args, key) for key in content.get(section, {})), section
+    args, config, _ = _validate_launch_command(args)
+    assert config is not None
+    assert args.num_processes == content["num_processes"]
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ""
+        _, environment = prepare_deepspeed_cmd_env(args)
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == name.removeprefix("zero")
+        return
+    environment = prepare_multi_gpu_env(args)
+    assert environment.get("ACCELERATE_USE_FSDP", "false") == ("true" if name == "fsdp2" else "false")
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    if name == "fsdp2":
+        assert environment["FSDP_VERSION"] == "2"
+
+
+def test_every_accelerate_way_is_there() -> None:
+    assert set(ACCELERATE) == {"one-gpu", "ddp", "fsdp2", "zero2", "zero3", "multi-node", "vllm-server"}
+    for path in (*ACCELERATE.values(), *EXPERIMENTS, LAUNCH / "skypilot.yaml"):
+        assert path.read_text().startswith("# "), f"{path} has no header"
+
+
+def test_launch_examples_name_what_exists() -> None:
+    subprocess.run(["bash", "-n", str(LAUNCH / "slurm.sh")], check=True)
+    sky = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    for text in (
+        sky["run"],
+        sky["setup"],
+        (LAUNCH / "slurm.sh").read_text(),
+        *map(Path.read_text, ACCELERATE.values()),
+    ):
+        for word in text.replace("\\\n", " ").split():
+            if word.startswith(("configs/", "requirements/", "scripts/")):
+                assert (CHECKOUT / word.strip(".,:")).exists(), word
