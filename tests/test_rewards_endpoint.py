@@ -139,7 +139,7 @@ def test_waits_double_and_a_server_may_ask_for_more():
         with serve(lambda body, n, first=first: [first, failure(500), completion("hi")][n]) as server:
             start = time.monotonic()
             ask(f"{server.url}/v1/m", backoff_seconds=0.1)
-            assert least <= time.monotonic() - start < least + 1.5
+            assert least <= time.monotonic() - start < least + 5
 
 
 def test_a_text_that_was_cut_is_marked():

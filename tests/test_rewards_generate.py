@@ -201,7 +201,7 @@ def test_a_quarter_of_the_families_is_held_out(write, tmp_path, folders):
 
 def test_requests_run_side_by_side(write):
     def slow(body: dict[str, Any], number: int) -> Reply:
-        time.sleep(0.2)
+        time.sleep(0.5)
         return completion(text_of([1, 2, 4][number]))
 
     with serve(slow) as server:
