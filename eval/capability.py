@@ -110,7 +110,7 @@ def evaluate_capability(
         except ValueError as error:
             raise ValueError(f"suite {suite}: {error}") from error
     lm = SharedContextLM(model, tokenizer, max_context=plan.max_context, progress=progress)
-    with _quiet_lm_eval():
+    with quiet_lm_eval():
         tasks = {b.name: lm_eval_task(b, items[b.name]) for b in plan.benchmarks}
         results = cast(dict[str, Any], evaluate(lm, cast(Any, tasks), bootstrap_iters=0))
     rows = [
@@ -182,7 +182,7 @@ def _rows(lm: SharedContextLM, benchmark: Benchmark, sample: dict[str, Any]) -> 
 
 
 @contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
+def quiet_lm_eval() -> Iterator[None]:
     """lm-eval warns once per task about choices that the suite file makes on purpose."""
     logger = logging.getLogger("lm_eval")
     level = logger.level

@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """x W^T + b, (..., out)."""
-        return _product(input, self.packed, self.bias)
+        return product(input, self.packed, self.bias)
 
 
 def use_onednn(model: Any) -> Any:
@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
-    return _product(x, weight, bias)
+    return product(x, weight, bias)
 
 
 def suits(tensor: Tensor) -> bool:
@@ -64,8 +64,8 @@ def suits(tensor: Tensor) -> bool:
     return plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and AVAILABLE
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. Both factors may be transposed views."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by oneDNN, for tensors that suit it. Both factors may be transposed views; there is no gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -75,7 +75,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -83,8 +83,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
-        grad_x = _product(grad, weight.t()) if wants_x else None
-        grad_weight = _product(rows.t(), x.flatten(0, -2).t()) if wants_weight else None
+        grad_x = product(grad, weight.t()) if wants_x else None
+        grad_weight = product(rows.t(), x.flatten(0, -2).t()) if wants_weight else None
         return grad_x, grad_weight, rows.sum(0) if wants_bias else None
 
 

@@ -24,7 +24,7 @@ def can_merge(model: Any) -> bool:
     if not isinstance(model, PeftModel) or model.active_adapters != [model.active_adapter]:
         return False
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    plain = all(type(module) is LoraLinear and not any(module.use_dora.values()) for module in adapted)
+    plain = all(isinstance(module, LoraLinear) and not any(module.use_dora.values()) for module in adapted)
     others = {type(module).__name__ for module in model.modules()} & {"ModulesToSaveWrapper", "TrainableTokensWrapper"}
     here = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
     return AVAILABLE and plain and here and not others

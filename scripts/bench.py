@@ -58,7 +58,7 @@ def main(
     quick: bool = False, repeats: int = 2, device: str = "cpu", score: bool = True, out: Path = Path("runs/bench")
 ) -> None:
     """Print the table and write bench.json."""
-    console = Console()
+    console = Console(width=120)
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench: --device cuda: torch finds no CUDA device here; leave the option out")
     repeats = 1 if quick else repeats

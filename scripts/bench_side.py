@@ -146,7 +146,7 @@ class Side:
         """One step of the trainer: rollouts, rewards, loss, gradients, optimiser."""
 
         def whole() -> None:
-            self.trainer.training_step(self.trainer.model, self.rows)
+            self.trainer.training_step(self.trainer.model, self.rows, None)
             self.trainer.optimizer.step()
             self.trainer.optimizer.zero_grad()
 
@@ -159,7 +159,7 @@ class Side:
         from lm_eval.models.huggingface import HFLM
         from peft import PeftModel
 
-        from eval.capability import lm_eval_task, load_suite
+        from eval.capability import lm_eval_task, load_suite, quiet_lm_eval
         from eval.capability_tasks import load_items
         from models.scoring import SharedContextLM
 
@@ -167,10 +167,11 @@ class Side:
         model.eval()
         suite = load_suite(SUITE)
         requests: list[Instance] = []
-        for benchmark in suite.benchmarks:
-            task = lm_eval_task(benchmark, load_items(benchmark, suite.seed, limit))
-            task.build_all_requests(rank=0, world_size=1)
-            requests += task.instances
+        with quiet_lm_eval():
+            for benchmark in suite.benchmarks:
+                task = lm_eval_task(benchmark, load_items(benchmark, suite.seed, limit))
+                task.build_all_requests(rank=0, world_size=1)
+                requests += task.instances
         if self.ours:
             lm: Any = SharedContextLM(model, self.tokenizer, max_context=suite.max_context)
         else:
@@ -179,7 +180,7 @@ class Side:
                 device=str(self.device),
             )  # fmt: skip
         scores: list[float] = []
-        result = self._timed(lambda: scores.extend(score for score, _ in lm.loglikelihood(requests)))
+        result = self._timed(lambda: scores.extend(score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)))
         return {**result, "logps": scores, "tokens": sum(len(self.tokenizer.encode("".join(r.args))) for r in requests)}
 
     def _words(self) -> list[str]:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import linear as stock
 
+from models.fused_lora import FusedLoraLinear, fuse_lora
 from models.linear import AVAILABLE, OneDNNLinear, linear, use_onednn
 from tests.conftest import tiny_llama
 
@@ -65,3 +67,34 @@ def test_a_model_keeps_its_names_and_its_numbers() -> None:
     assert all(isinstance(module, OneDNNLinear) for module in model.modules() if isinstance(module, nn.Linear))
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.5}, {"use_dora": True}])
+def test_a_fused_adapter_is_pefts(settings: dict[str, Any]) -> None:
+    """Where it is not plain LoRA, PEFT's own forward runs; in eval mode a dropout is none."""
+
+    def run(fused: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = get_peft_model(
+            tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **settings)
+        ).eval()
+        generator = torch.Generator().manual_seed(1)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for _, parameter in trained:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        if fused:
+            assert sum(isinstance(m, FusedLoraLinear) for m in fuse_lora(model).modules()) == len(trained) // 2
+        logits = model(torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])).logits
+        logits.square().sum().backward()
+        with model.disable_adapter():
+            without = model(torch.tensor([[5, 6, 7, 8]])).logits
+        return [logits, without, *(p.grad for _, p in trained if p.grad is not None)]
+
+    if settings.get("use_dora"):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", **settings)).eval()
+        before = model(torch.tensor([[5, 6, 7, 8]])).logits
+        torch.testing.assert_close(fuse_lora(model)(torch.tensor([[5, 6, 7, 8]])).logits, before)
+        return
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from models.checkpoints import SealedTrainer
+from models.fused_lora import fuse_lora
 from models.merged import can_merge, merged
 from models.rollout import sample
 from models.self_check import check_trees, difference, is_exact, raised, rollout_problem
@@ -94,6 +95,8 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
         self.canary = canary
         self.checked = False
         whole = self.accelerator.unwrap_model(self.model)
+        if share:
+            fuse_lora(whole)
         self._merges = share and self.accelerator.distributed_type in ONE_COPY and can_merge(whole)
         self._merged: Any = None  # the policy with its adapter added, which decodes
         if share and self._entropy_bonus_enabled:
