@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rewards.config import PROBE_TRAIT, SOURCES, RewardConfig, Source
@@ -25,25 +26,30 @@ from rewards.traits import CARDS, load_trait
 class Pools:
     """What a trait can be asked; the fields are the sources."""
 
-    probes: list[Probe]
-    conduct: list[Probe]
-    scenarios: list[Scenario]
+    probes: tuple[Probe, ...]
+    conduct: tuple[Probe, ...]
+    scenarios: tuple[Scenario, ...]
 
 
 def trait_pools(trait: str, chosen: Sequence[str], split: Split, seed: int = 0) -> Pools:
     """All that the trait has in the chosen domains on one side of the split; the seed draws phrasings and order."""
+    return _pools(trait, tuple(chosen), split, seed)
+
+
+@cache
+def _pools(trait: str, chosen: tuple[str, ...], split: Split, seed: int) -> Pools:
     kinds = load_trait(CARDS / f"{trait}.md").reward.conduct
     known = load_scenarios(trait, split=split) if (SCENARIOS / trait).is_dir() else []
     return Pools(
-        probes=probes_of(chosen, split, seed) if trait == PROBE_TRAIT else [],
-        conduct=[
+        probes=tuple(probes_of(chosen, split, seed)) if trait == PROBE_TRAIT else (),
+        conduct=tuple(
             probe
             for domain in chosen
             if domain in domains()
             for kind in kinds
             for probe in load_kind(kind, domain, split, seed)
-        ],
-        scenarios=[scenario for scenario in known if scenario.domain in chosen],
+        ),
+        scenarios=tuple(scenario for scenario in known if scenario.domain in chosen),
     )
 
 

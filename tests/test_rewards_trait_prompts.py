@@ -41,7 +41,8 @@ def test_nothing_to_ask_is_an_error_that_says_where_there_is_something() -> None
 
 def test_the_two_sides_of_the_split_share_no_family() -> None:
     for trait in ("truthfulness", "corrigibility"):
-        train, heldout = (trait_pools(trait, prompt_domains(), split) for split in ("train", "heldout"))
+        chosen = ["health", "everyday", "arts"]
+        train, heldout = (trait_pools(trait, chosen, split) for split in ("train", "heldout"))
         for mine, other in ((train.conduct, heldout.conduct), (train.probes, heldout.probes)):
             assert {(p.domain, p.family) for p in mine}.isdisjoint((p.domain, p.family) for p in other)
         assert {s.family for s in train.scenarios}.isdisjoint(s.family for s in heldout.scenarios)
@@ -71,12 +72,13 @@ def test_a_fit_learns_what_the_policy_is_asked() -> None:
     assert all(sides)
     assert sides[0].isdisjoint(sides[1] | sides[2])
     assert all(p.margin > 0 for found in parts.values() for p in found)
-    more = run_parts(RewardConfig(prompts=MIXED), "truthfulness", 0)["train"]
+    both = PromptShares(probes=1, scenarios=1)
+    more = run_parts(RewardConfig(prompts=both), "truthfulness", 0)["train"]
     assert {"health", "business"} <= {p.domain for p in more}  # the trait's scenarios are learned from all domains
 
 
 def test_pools_depend_on_the_seed_alone() -> None:
-    def asked(seed: int) -> list[Probe]:
+    def asked(seed: int) -> tuple[Probe, ...]:
         return trait_pools("corrigibility", ["health"], "train", seed).conduct
 
     assert asked(1) == asked(1)

@@ -1,4 +1,4 @@
-"""The dose replaces its exact share of the prompts, leaves the others where they were, and holds what its traits have."""
+"""The dose replaces its exact share of the prompts, leaves the others where they were, and its traits have turns."""
 
 from __future__ import annotations
 
@@ -136,9 +136,8 @@ def test_several_traits_take_turns_by_weight() -> None:
     asked = trait_prompts(80, 0, RewardConfig(weights=weights))
     assert Counter(prompt["trait"] for prompt in asked) == {"truthfulness": 60, "corrigibility": 20}
     assert all(prompt["trait"] == "truthfulness" for prompt in asked if prompt["kind"] == "answerable")
-    assert [prompt for prompt in asked if prompt["trait"] == "truthfulness"] == trait_prompts(
-        60, 0, HEALTH
-    )  # the others change nothing
+    alone = trait_prompts(60, 0, HEALTH)
+    assert [prompt for prompt in asked if prompt["trait"] == "truthfulness"] == alone  # another trait changes nothing
 
 
 def test_only_training_domains_are_asked() -> None:
