@@ -74,8 +74,10 @@ def source_shares(reward: RewardConfig, trait: str) -> dict[Source, float]:
 def _wanted(reward: RewardConfig, pools: Pools) -> dict[Source, float]:
     if reward.prompts is not None:
         return reward.prompts.positive
-    knowledge: dict[Source, float] = {"probes": 1.0}
-    return knowledge if pools.probes else {"conduct": 0.5, "scenarios": 0.5}
+    shares: dict[Source, float] = {"probes": 1.0}
+    if not pools.probes:
+        shares = {"conduct": 0.5, "scenarios": 0.5}
+    return shares
 
 
 def prompt_domains() -> list[str]:
