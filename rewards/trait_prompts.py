@@ -61,14 +61,15 @@ def source_shares(reward: RewardConfig, trait: str) -> dict[Source, float]:
     """
     pools = trait_pools(trait, reward.domains, "train")
     wanted = _wanted(reward, pools)
-    found = {source: share for source, share in wanted.items() if getattr(pools, source)}
+    found: dict[Source, float] = {source: share for source, share in wanted.items() if getattr(pools, source)}
     if not found:
         raise ValueError(
             f"{trait} has no training prompt there ({', '.join(wanted)}); add one of its domains "
             f"({_places(trait)}), or change reward.prompts"
         )
     total = sum(found.values())
-    return {source: share / total for source, share in found.items()}
+    shares: dict[Source, float] = {source: share / total for source, share in found.items()}
+    return shares
 
 
 def _wanted(reward: RewardConfig, pools: Pools) -> dict[Source, float]:
