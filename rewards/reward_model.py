@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from models.shared_prompt import Tree, fill, pack
 from rewards.config import PROBE_TRAIT, RewardConfig
 from rewards.pairs import draw_probes, make_pairs
 from rewards.preferences import Preference, from_probes, style_guess
-from rewards.probes import Probe, load_probes
+from rewards.probes import Probe, probes_of
 from rewards.reward_trainer import (
     TOKEN_BUDGET,
     Messages,
@@ -126,17 +126,18 @@ def fit_reward_model(
     out: Path,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    more: Mapping[str, Sequence[Preference]] | None = None,
 ) -> dict[str, Any]:
     """Fit truthfulness on the probes of cfg.domains' training families, and measure on the held-out ones.
 
     `start` is the model that will be trained: the backbone, and the source of the answers that stand beside the
-    authored ones. Saves model/, pairs.parquet, steps.parquet, calibration.json and accuracy.json in `out`; returns the
-    accuracy.
+    authored ones. `more` preferences join the parts "train", "validation" and "test". Saves model/, pairs.parquet,
+    steps.parquet, calibration.json and accuracy.json in `out`; returns the accuracy.
     """
-    probes = [probe for domain in cfg.domains for probe in load_probes(domain, "train", seed)]
+    probes = probes_of(cfg.domains, "train", seed)
     random.Random(f"validation/{seed}").shuffle(probes)
     held_back = probes[: int(len(probes) * VALIDATION_SHARE)]
-    heldout = [probe for domain in cfg.domains for probe in load_probes(domain, "heldout", seed)]
+    heldout = probes_of(cfg.domains, "heldout", seed)
     rng = random.Random(f"pairs/{seed}")
     drawn = {
         "train": draw_probes(probes[len(held_back) :], cfg.probes, rng),
@@ -144,7 +145,9 @@ def fit_reward_model(
         "test": draw_probes(heldout, MEASURED_PROBES, rng),
     }
     own = own_answers(start, [probe for part in drawn.values() for probe in part], cfg.own_answers, seed)
-    parts = {name: from_probes(make_pairs(part, seed, own)) for name, part in drawn.items()}
+    parts = {
+        name: [*from_probes(make_pairs(part, seed, own)), *(more or {}).get(name, ())] for name, part in drawn.items()
+    }
     write_pairs(parts, out)
     recipe = Recipe(cfg.epochs, cfg.learning_rate, cfg.lora_rank, cfg.batch_size)
     fitted = train_reward_model(parts["train"], start, out, seed, recipe, progress)
