@@ -33,14 +33,17 @@ class FusedLoraLinear(LoraLinear):
         base: Any = self.get_base_layer()
         if torch.is_autocast_enabled("cpu") or x.numel() == 0 or base.weight.requires_grad:
             return False
-        return all(suits(t) for t in (x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight))
+        weights: list[Any] = [base.weight, self.lora_A[name].weight, self.lora_B[name].weight]
+        return suits(x) and all(map(suits, weights))
 
 
 def fuse_lora(model: Any) -> Any:
     """Let the model's LoRA layers on a CPU compute in one operation, in place; returns the model."""
     for module in model.modules():
-        if type(module) is LoraLinear and suits(module.get_base_layer().weight):
-            module.__class__ = FusedLoraLinear
+        if type(module) is LoraLinear:
+            base: Any = module.get_base_layer()
+            if suits(base.weight):
+                module.__class__ = FusedLoraLinear
     return model
 
 

@@ -223,7 +223,7 @@ def attention_masks(packed: Pack, config: Any, dtype: torch.dtype) -> Tensor | d
 
     A sliding window counts positions, not rows: a branch's neighbours in the row may be far from it in its own text.
     """
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     masks = {"full_attention": packed.mask}
     if _windowed(packed, config):
         distance = packed.position_ids[0, :, None] - packed.position_ids[0, None, :]

@@ -87,13 +87,12 @@ class Side:
     def prepare(self, case: Case) -> None:
         """A trainer for the case, with LoRA weights that are the same on both sides."""
         from datasets import Dataset
-        from peft import LoraConfig, PeftModel
+        from peft import LoraConfig
         from trl import GRPOConfig, GRPOTrainer
 
         from train.grpo import SharedPromptGRPOTrainer
 
-        if isinstance(self.model, PeftModel):
-            self.model = self.model.unload()
+        self._unload()
         words = self._words()
         prompts = [{"prompt": "".join(words[i : i + case.prompt])} for i in range(case.prompts)]
         self.rows = [row for row in prompts for _ in range(case.group)]
@@ -157,14 +156,13 @@ class Side:
         """Log-likelihoods of `limit` items of every benchmark of the offline suite, through lm-eval."""
         from lm_eval.api.instance import Instance
         from lm_eval.models.huggingface import HFLM
-        from peft import PeftModel
 
         from eval.capability import lm_eval_task, load_suite, quiet_lm_eval
         from eval.capability_tasks import load_items
         from models.scoring import SharedContextLM
 
-        model: Any = self.model.unload() if isinstance(self.model, PeftModel) else self.model
-        model.eval()
+        self._unload()
+        self.model.eval()
         suite = load_suite(SUITE)
         requests: list[Instance] = []
         with quiet_lm_eval():
@@ -173,15 +171,24 @@ class Side:
                 task.build_all_requests(rank=0, world_size=1)
                 requests += task.instances
         if self.ours:
-            lm: Any = SharedContextLM(model, self.tokenizer, max_context=suite.max_context)
+            lm: Any = SharedContextLM(self.model, self.tokenizer, max_context=suite.max_context)
         else:
-            lm = HFLM(
-                pretrained=model, tokenizer=self.tokenizer, max_length=suite.max_context, batch_size=8,
+            stock: Any = HFLM  # its decorator hides its arguments
+            lm = stock(
+                pretrained=self.model, tokenizer=self.tokenizer, max_length=suite.max_context, batch_size=8,
                 device=str(self.device),
             )  # fmt: skip
         scores: list[float] = []
         result = self._timed(lambda: scores.extend(score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)))
         return {**result, "logps": scores, "tokens": sum(len(self.tokenizer.encode("".join(r.args))) for r in requests)}
+
+    def _unload(self) -> None:
+        """Take the last case's adapter and the trainer's patches off the model."""
+        if self.trainer is not None:
+            self.model = self.trainer.accelerator.unwrap_model(self.trainer.model).unload()
+            self.model.__dict__.pop("peft_config", None)
+            self.model.__dict__.pop("forward", None)
+            self.trainer = None
 
     def _words(self) -> list[str]:
         """Words of one token each that stay so when they are joined."""
