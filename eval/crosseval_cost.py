@@ -18,6 +18,7 @@ from eval.item_forms import Strict
 
 BYTES_PER_TOKEN = 4  # of English text, about; tokenizers differ by a quarter
 PER_MESSAGE = 4  # tokens that a chat format adds to every message
+JUDGE_FRAME = 160  # tokens of a judge's instruction and question
 
 
 class Price(Strict):
@@ -70,6 +71,16 @@ def at_most(items: Sequence[Interview], max_tokens: int) -> Tokens:
                 read += _length(turn)
                 total += Tokens(1, read, max_tokens)
                 read += max_tokens + PER_MESSAGE
+    return total
+
+
+def judge_at_most(items: Sequence[Interview], max_tokens: int) -> Tokens:
+    """The tokens of judging these interviews: one request each, which shows one talk and its replies in full length."""
+    total = Tokens()
+    for item in items:
+        talk = item.talks[0]
+        texts = [*(text for _, text in talk.history), *talk.turns]
+        total += Tokens(1, JUDGE_FRAME + sum(map(_length, texts)) + max_tokens * len(talk.turns), max_tokens)
     return total
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from inspect_ai.log import EvalLog, read_eval_log
 from inspect_ai.scorer import Score
@@ -52,23 +53,30 @@ class Record:
     unreadable: list[str] = field(default_factory=list)
 
 
-def keep_settings(settings: Settings, out: Path) -> None:
-    """Write settings.json, or check that the folder's own are the same."""
+def check_settings(settings: Settings, out: Path) -> None:
+    """Raises ValueError if the folder holds answers to other settings."""
     path = out / "settings.json"
-    mine = json.loads(json.dumps(asdict(settings)))
-    if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                raise ValueError(
-                    f"{path}: {key} is {theirs.get(key)!r}, now {value!r} is asked for; answers to other settings do "
-                    "not compare: use the same value, or another folder with --out"
-                )
+    if not path.is_file():
         return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in _plain(settings).items():
+        if theirs.get(key) != value:
+            raise ValueError(
+                f"{path}: {key} is {theirs.get(key)!r}, now {value!r} is asked for; answers to other settings do "
+                "not compare: use the same value, or another folder with --out"
+            )
+
+
+def write_settings(settings: Settings, out: Path) -> None:
+    """Note the settings in the folder, before the first answer."""
     out.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    partial = out / "settings.json.partial"
+    partial.write_text(json.dumps(_plain(settings), indent=1) + "\n", encoding="utf-8")
+    partial.replace(out / "settings.json")
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def fingerprint(item: Interview) -> str:

@@ -33,7 +33,7 @@ from inspect_ai.solver import solver
 
 from eval.crosseval_items import Interview, load_interviews
 from eval.crosseval_judge import ask_judge
-from eval.crosseval_log import Settings, fingerprint, keep_settings, read_record
+from eval.crosseval_log import Settings, check_settings, fingerprint, read_record, write_settings
 from eval.crosseval_models import check_model, is_served, open_model
 from eval.crosseval_scores import score
 
@@ -77,7 +77,7 @@ def plan(models: Sequence[str], settings: Settings, parts: Sequence[str], out: P
         check_model(name)
     if settings.judge in models:
         raise ValueError(f"--judge {settings.judge}: is one of the models that it would grade; name another one")
-    keep_settings(settings, out)
+    check_settings(settings, out)
     done = read_record(out, settings).answers
     items = [item for part in parts for item in load_interviews(part, settings.limit, settings.seed)]
     return {name: [item for item in items if (name, item.part, item.id) not in done] for name in models}
@@ -89,6 +89,7 @@ def ask(todo: dict[str, list[Interview]], settings: Settings, limits: Limits, ou
     Raises KeyboardInterrupt when the user stops it. A sample that fails is in the log, and is asked again next time.
     """
     os.environ.pop("INSPECT_TELEMETRY", None)
+    write_settings(settings, out)
     served = [name for name, items in todo.items() if items and is_served(name)]
     local = [name for name, items in todo.items() if items and not is_served(name)]
     for group in [served, *([name] for name in local)]:
