@@ -88,7 +88,7 @@ class Interview:
 
 @cache
 def _content() -> Any:
-    return yaml.safe_load((ITEMS / "crosseval.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((ITEMS / "crosseval" / "frames.yaml").read_text(encoding="utf-8"))
 
 
 def test_of(part: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: traitdose run | report | plan | doctor | traits | scenarios | rewards | eval | crosseval.
+"""The command line: traitdose run | report | results | plan | doctor | traits | scenarios | rewards | eval | crosseval.
 
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
@@ -239,6 +239,20 @@ def crosseval(
             Console(),
         ):
             raise typer.Exit(2)
+
+
+@app.command()
+def results(
+    runs: Runs,
+    out: Annotated[Path, typer.Option(help="Markdown file; pictures go into img/ beside it.")] = Path(
+        "docs/results.md"
+    ),
+) -> None:
+    """Write what finished runs found as one Markdown page with pictures."""
+    with _clear_errors():
+        from scripts.results import write_results_page
+
+        write_results_page(runs, out, Console())
 
 
 @rewards_app.command()
