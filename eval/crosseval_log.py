@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,7 +106,7 @@ def read_record(out: Path, settings: Settings) -> Record:
             item = known[part].get(str(one.id))
             if one.error is not None or "replies" not in one.metadata or item is None:
                 if one.error is not None:
-                    record.errors[key] = one.error.message
+                    record.errors[key] = _cause(one.error.message)
                 continue
             if one.metadata.get("print") != fingerprint(item):
                 continue
@@ -115,6 +116,12 @@ def read_record(out: Path, settings: Settings) -> Record:
             )
     record.errors = {key: text for key, text in record.errors.items() if key not in record.answers}
     return record
+
+
+def _cause(message: str) -> str:
+    """The last line of an error; before it Inspect puts the request, which the log shows. Its \\n may be escaped."""
+    lines = [line.strip() for line in re.split(r"\n|\\n", message)]
+    return next((line for line in reversed(lines) if len(line) > 2), message)
 
 
 def _logs(out: Path, record: Record) -> Iterator[tuple[Path, EvalLog]]:

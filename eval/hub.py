@@ -199,7 +199,7 @@ def inspect_command(task: HubTask, model: str, limit: int | None, judge: str | N
     """The command line of Inspect for one task; the judge is the role grader and every argument that names a judge."""
     local = ["hf/local", "-M", f"model_path={model}"] if Path(model).is_dir() else [f"hf/{model}"]
     command = [sys.executable, "-m", "inspect_ai", "eval", f"inspect_evals/{task.name}", "--model", *local]
-    command += ["--log-dir", str(log_dir), "--log-format", "json", "--display", "plain"]
+    command += ["--log-dir", str(log_dir), "--log-format", "json", "--display", "plain", "--ctl-server", "false"]
     if limit is not None:
         command += ["--limit", str(limit)]
     if task.epochs is not None:
