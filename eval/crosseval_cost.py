@@ -50,6 +50,9 @@ class Tokens:
             self.cached + other.cached,
         )
 
+    def __sub__(self, other: Tokens) -> Tokens:
+        return self + Tokens(-other.requests, -other.read, -other.written, -other.cached)
+
 
 def load_prices(path: Path) -> dict[str, Price]:
     """The prices of a file. Raises ValueError that names the file and the key."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inspect_ai.log import EvalLog, read_eval_log
+from inspect_ai.model import ModelUsage
 from inspect_ai.scorer import Score
 
 from eval.crosseval_cost import Tokens
@@ -95,14 +96,14 @@ def read_record(out: Path, settings: Settings) -> Record:
         record.logs.setdefault(name, []).append(path.name)
         if part not in known:
             known[part] = {item.id: item for item in load_interviews(part, settings.limit, settings.seed)}
+        if log.error is not None:  # of the task as a whole
+            record.errors[name, part, ""] = _cause(log.error.message)
         for one in log.samples or ():
             key = (name, part, str(one.id))
-            for model, usage in one.model_usage.items():
-                whose = name if model == log.eval.model else "judge"
-                cached = usage.input_tokens_cache_read or 0
-                read = usage.input_tokens + cached + (usage.input_tokens_cache_write or 0)
-                spent = Tokens(0, read, usage.output_tokens, cached)
-                record.usage[whose] = record.usage.get(whose, Tokens()) + spent
+            graded = one.role_usage.get("grader", ModelUsage())
+            spent = sum(one.model_usage.values(), ModelUsage())
+            for whose, tokens in ((name, _tokens(spent) - _tokens(graded)), ("judge", _tokens(graded))):
+                record.usage[whose] = record.usage.get(whose, Tokens()) + tokens
             item = known[part].get(str(one.id))
             if one.error is not None or "replies" not in one.metadata or item is None:
                 if one.error is not None:
@@ -116,6 +117,11 @@ def read_record(out: Path, settings: Settings) -> Record:
             )
     record.errors = {key: text for key, text in record.errors.items() if key not in record.answers}
     return record
+
+
+def _tokens(usage: ModelUsage) -> Tokens:
+    cached = usage.input_tokens_cache_read or 0
+    return Tokens(0, usage.input_tokens + cached + (usage.input_tokens_cache_write or 0), usage.output_tokens, cached)
 
 
 def _cause(message: str) -> str:

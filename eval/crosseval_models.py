@@ -74,6 +74,10 @@ def _local_paths(name: str) -> tuple[str, str | None]:
     if not record.is_file():
         return resolve_model(name), None
     base = str(json.loads(record.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+    # a run's arms share its start model, wherever the run lies now
+    starts = (folder / "start" / "model" for folder in record.parents)
+    if base.endswith("start/model") and (near := next((path for path in starts if path.is_dir()), None)):
+        base = str(near)
     try:
         return resolve_model(base), str(record.parent)
     except ValueError as error:

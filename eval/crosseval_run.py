@@ -34,7 +34,7 @@ from inspect_ai.solver import solver
 from eval.crosseval_items import Interview, load_interviews
 from eval.crosseval_judge import ask_judge
 from eval.crosseval_log import Settings, check_settings, fingerprint, read_record, write_settings
-from eval.crosseval_models import check_model, is_served, open_model
+from eval.crosseval_models import BATCH, check_model, is_served, open_model
 from eval.crosseval_scores import score
 
 ROLES: dict[str, type[ChatMessage]] = {
@@ -98,7 +98,7 @@ def ask(todo: dict[str, list[Interview]], settings: Settings, limits: Limits, ou
         tasks: list[Task] = []
         models: list[Model] = []
         for name in group:
-            model = open_model(name, _config(settings, limits))
+            model = open_model(name, _config(name, settings, limits))
             models.append(model)
             tasks += _tasks(name, model, todo[name], settings, limits, progress)
         logs = inspect_eval(
@@ -109,13 +109,13 @@ def ask(todo: dict[str, list[Interview]], settings: Settings, limits: Limits, ou
             log_buffer=1,
             log_realtime=False,
             log_model_api=False,
-            log_level="error",
+            log_level="critical",
             display="none",
             ctl_server=False,
             score_display=False,
             fail_on_error=False,
             max_tasks=len(tasks),
-            max_samples=max(limits.max_connections, 32),
+            max_samples=max(limits.max_connections, BATCH),
         )
         if any(log.status == "cancelled" for log in logs):
             raise KeyboardInterrupt
@@ -123,14 +123,11 @@ def ask(todo: dict[str, list[Interview]], settings: Settings, limits: Limits, ou
             models[0].api.close()
 
 
-def _config(settings: Settings, limits: Limits) -> GenerateConfig:
-    return GenerateConfig(
-        temperature=0.0,
-        max_tokens=settings.max_tokens,
-        max_connections=limits.max_connections,
-        max_retries=limits.max_retries,
-        attempt_timeout=limits.timeout,
-    )
+def _config(name: str, settings: Settings, limits: Limits) -> GenerateConfig:
+    config = GenerateConfig(temperature=0.0, max_tokens=settings.max_tokens, max_retries=limits.max_retries)
+    if not is_served(name):
+        return config.model_copy(update={"max_connections": BATCH})  # a slow machine is no reason to ask again
+    return config.model_copy(update={"max_connections": limits.max_connections, "attempt_timeout": limits.timeout})
 
 
 def _tasks(
@@ -144,7 +141,7 @@ def _tasks(
 
     roles: dict[str, Any] = {}
     if settings.judge:
-        roles["grader"] = open_model(settings.judge, _config(settings, limits))
+        roles["grader"] = open_model(settings.judge, _config(settings.judge, settings, limits))
     tasks: list[Task] = []
     for part in dict.fromkeys(item.part for item in todo):
         items = {item.id: item for item in todo if item.part == part}
