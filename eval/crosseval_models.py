@@ -34,7 +34,7 @@ from inspect_ai.model import (
 from eval.generalisation import encode_chat
 from models.loading import best_device, load_model, load_tokenizer, resolve_model
 from models.rollout import sample
-from rewards.endpoint import split_model
+from rewards.endpoint import Chat, EndpointConfig, TransientError, split_model
 
 KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 BATCH = 32  # requests that a local model decodes at once
@@ -62,10 +62,17 @@ def open_model(name: str, config: GenerateConfig) -> Model:
         path, adapter = _local_paths(name)
         return get_model(f"traitdose/{name}", config=config, memoize=False, path=path, adapter=adapter)
     kind, base_url, model = split_model(name)
-    if kind != "compatible":
-        return get_model(name, config=config, memoize=False)
+    if kind == "anthropic":
+        return get_model(f"traitdose-anthropic/{model}", config=config, memoize=False)
     key = os.environ.get("TRAITDOSE_API_KEY") or "none"  # the client wants one, a local server takes any
-    return get_model(f"openai-api/traitdose/{model}", config=config, base_url=base_url, api_key=key, memoize=False)
+    place = {"base_url": base_url, "api_key": key} if kind == "compatible" else {}
+    try:
+        inspects = name if kind == "openai" else f"openai-api/traitdose/{model}"
+        return get_model(inspects, config=config, memoize=False, **place)
+    except Exception as error:
+        if type(error).__name__ != "PrerequisiteError":  # Inspect's, for a missing or too old client package
+            raise
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
 
 
 def _local_paths(name: str) -> tuple[str, str | None]:
@@ -82,6 +89,64 @@ def _local_paths(name: str) -> tuple[str, str | None]:
         return resolve_model(base), str(record.parent)
     except ValueError as error:
         raise ValueError(f"{record}: base_model_name_or_path: {error}; put the base back where it was") from None
+
+
+@modelapi(name="traitdose-anthropic")
+class AnthropicModel(ModelAPI):
+    """An Anthropic model asked as the judges are (rewards/endpoint.py), with the client that the project pins.
+
+    Inspect's own provider wants a later release of that client.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008
+    ) -> None:
+        super().__init__(model_name, base_url, api_key, ["ANTHROPIC_API_KEY"], config)
+        seconds = float(config.attempt_timeout or 300)
+        self._cfg = EndpointConfig(
+            model=f"anthropic/{model_name}", max_tokens=config.max_tokens or 256, timeout_seconds=seconds
+        )
+        self._chats: dict[float | None, Chat] = {}  # by temperature: others may be using one that is given up
+        self._opening = anyio.Lock()
+
+    async def generate(
+        self, input: list[ChatMessage], tools: Any, tool_choice: Any, config: GenerateConfig
+    ) -> ModelOutput:
+        """The reply to a conversation. Raises TransientError, which Inspect tries again, or ValueError."""
+        messages = [{"role": message.role, "content": message.text} for message in input]
+        try:
+            answer = await (await self._chat(self._cfg)).complete(messages)
+        except ValueError as error:
+            if "temperature" not in str(error):
+                raise
+            self._cfg = self._cfg.model_copy(update={"temperature": None})  # a model that takes none but its own
+            answer = await (await self._chat(self._cfg)).complete(messages)
+        usage = (answer.input_tokens, answer.output_tokens)
+        return _output(self.model_name, answer.text, "max_tokens" if answer.cut else "stop", *usage)
+
+    async def _chat(self, cfg: EndpointConfig) -> Chat:
+        async with self._opening:
+            if cfg.temperature not in self._chats:
+                self._chats[cfg.temperature] = await Chat(cfg).__aenter__()
+        return self._chats[cfg.temperature]
+
+    def should_retry(self, ex: Exception) -> bool:
+        """Whether another attempt may mend it."""
+        return isinstance(ex, TransientError)
+
+    def connection_key(self) -> str:
+        """Limits are per model."""
+        return self.model_name
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        chats, self._chats = self._chats, {}
+        for chat in chats.values():
+            await chat.__aexit__(None, None, None)
 
 
 @dataclass
@@ -128,7 +193,7 @@ class LocalModel(ModelAPI):
         request = _Request(encode_chat(self._tokenizer, tuple((m.role, m.text) for m in input)))
         context = getattr(self._model.config, "max_position_embeddings", None)
         if context is not None and len(request.ids) + limit > context:
-            return self._output("", "model_length", len(request.ids), 0)
+            return _output(self.model_name, "", "model_length", len(request.ids), 0)
         self._waiting.append(request)
         while request.reply is None:
             # whoever's turn it is takes along all that wait, so the next ones in line find their replies ready
@@ -140,7 +205,8 @@ class LocalModel(ModelAPI):
                 raise request.error
         cut = request.reply[-1] not in self._eos_ids
         text = str(self._tokenizer.decode(request.reply, skip_special_tokens=True)).strip()
-        return self._output(text, "max_tokens" if cut else "stop", len(request.ids), len(request.reply))
+        stop = "max_tokens" if cut else "stop"
+        return _output(self.model_name, text, stop, len(request.ids), len(request.reply))
 
     def _decode(self, batch: list[_Request], limit: int) -> None:
         prompts = [request.ids for request in batch]
@@ -153,12 +219,6 @@ class LocalModel(ModelAPI):
         for request, reply in zip(batch, replies, strict=True):
             request.reply = reply[0]
 
-    def _output(self, text: str, stop: Any, read: int, written: int) -> ModelOutput:
-        message = ChatMessageAssistant(content=text, model=self.model_name, source="generate")
-        usage = ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written)
-        choice = ChatCompletionChoice(message=message, stop_reason=stop)
-        return ModelOutput(model=self.model_name, choices=[choice], usage=usage)
-
     def max_connections(self) -> int:
         """As many conversations as one batch holds."""
         return BATCH
@@ -166,3 +226,9 @@ class LocalModel(ModelAPI):
     def close(self) -> None:
         """Let go of the weights."""
         self._model = None
+
+
+def _output(model: str, text: str, stop: Any, read: int, written: int) -> ModelOutput:
+    message = ChatMessageAssistant(content=text, model=model, source="generate")
+    usage = ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written)
+    return ModelOutput(model=model, choices=[ChatCompletionChoice(message=message, stop_reason=stop)], usage=usage)

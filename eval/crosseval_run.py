@@ -89,7 +89,6 @@ def ask(todo: dict[str, list[Interview]], settings: Settings, limits: Limits, ou
     Raises KeyboardInterrupt when the user stops it. A sample that fails is in the log, and is asked again next time.
     """
     os.environ.pop("INSPECT_TELEMETRY", None)
-    write_settings(settings, out)
     served = [name for name, items in todo.items() if items and is_served(name)]
     local = [name for name, items in todo.items() if items and not is_served(name)]
     for group in [served, *([name] for name in local)]:
@@ -101,6 +100,7 @@ def ask(todo: dict[str, list[Interview]], settings: Settings, limits: Limits, ou
             model = open_model(name, _config(name, settings, limits))
             models.append(model)
             tasks += _tasks(name, model, todo[name], settings, limits, progress)
+        write_settings(settings, out)
         logs = inspect_eval(
             tasks,
             model=models[0],  # every task brings its own

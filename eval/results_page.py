@@ -74,8 +74,8 @@ def pictures(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 def _run_head(run: Run) -> str:
     r, manifests = run.results, run.manifests
     doses = ", ".join(f"{arm['name']} ({100 * arm['dose']:g}%)" for arm in r["arms"] if arm["dose"] is not None)
-    started = sorted(str(m["started"]) for m in manifests.values())
-    packages = next((m["packages"] for m in reversed(list(manifests.values()))), {})
+    started = sorted(str(m["started"]) for m in manifests.values() if m.get("started"))
+    packages = next((m["packages"] for m in reversed(list(manifests.values())) if m.get("packages")), {})
     commits = sorted({str(m["git_commit"])[:12] for m in manifests.values() if m.get("git_commit")})
     versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers", "trl") if name in packages)
     lines = [

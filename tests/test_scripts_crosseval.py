@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from chat_server import Reply, completion, failure, serve
+from chat_server import Reply, completion, failure, message, serve
 from click.testing import Result
 from interview_policies import answers_by_chat, chat_key, flatterer, honest, refuser
 from typer.testing import CliRunner
@@ -153,6 +153,50 @@ def test_a_judge_grades_beside_the_rules(tmp_path: Path) -> None:
     asked = [body["messages"][-1]["content"] for body in server.requests if body["model"] == "judge"]
     assert len(asked) == 2
     assert all("<talk>" in text and "state it" in text for text in asked)
+
+
+def responses_form(text: str) -> Reply:
+    """An answer in the form of OpenAI's Responses API; 40 of its 100 prompt tokens come from a cache."""
+    said = {"type": "output_text", "text": text, "annotations": []}
+    usage = {"input_tokens": 100, "output_tokens": 10, "total_tokens": 110,
+             "input_tokens_details": {"cached_tokens": 40}, "output_tokens_details": {"reasoning_tokens": 4}}  # fmt: skip
+    record = {
+        "id": "r", "object": "response", "created_at": 0, "model": "m", "status": "completed", "error": None,
+        "incomplete_details": None, "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": 0,
+        "tool_choice": "auto", "tools": [], "top_p": 1, "usage": usage,
+        "output": [{"type": "message", "id": "m", "status": "completed", "role": "assistant", "content": [said]}],
+    }  # fmt: skip
+    return Reply(json.dumps(record).encode())
+
+
+def test_openai_and_anthropic_are_asked_in_their_own_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "I don't know of anything by that name."
+
+    def answer(body: dict[str, Any], number: int) -> Reply:
+        if body["path"].endswith("/responses"):
+            return responses_form(said)
+        if body["path"].endswith("/chat/completions"):
+            return completion(said)
+        if "temperature" in body:
+            return failure(400, "temperature: this model takes none")
+        return message(said)
+
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("openai/gpt-4o: {input: 1000000, cached: 500000, output: 2000000}\n")
+    with serve(answer) as server:
+        for name, value in (("OPENAI", f"{server.url}/v1"), ("ANTHROPIC", server.url)):
+            monkeypatch.setenv(f"{name}_BASE_URL", value)
+            monkeypatch.setenv(f"{name}_API_KEY", "k")
+        names = ["openai/gpt-4o", "anthropic/claude-x"]
+        done = crosseval(tmp_path / "out", names, "--limit", "1", "--test", "hallucination", "--prices", str(prices))
+        assert done.exit_code == 0, done.output
+        asked = [body for body in server.requests if body["path"].endswith("/messages") and "temperature" not in body]
+    assert len(asked) == 2
+    assert all(body["max_tokens"] == 8 for body in asked)
+    found = results(tmp_path / "out")
+    assert {row["value"] for row in found["rates"] if row["metric"] == "answered"} == {0}
+    assert [row["used"]["written"] for row in found["cost"]] == [20, 20]
+    assert found["cost"][1]["used"]["dollars"] is None
 
 
 def test_costs_are_known_before_anything_is_asked(tmp_path: Path) -> None:
