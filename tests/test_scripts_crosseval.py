@@ -158,8 +158,8 @@ def test_a_judge_grades_beside_the_rules(tmp_path: Path) -> None:
 def responses_form(text: str) -> Reply:
     """An answer in the form of OpenAI's Responses API; 40 of its 100 prompt tokens come from a cache."""
     said = {"type": "output_text", "text": text, "annotations": []}
-    usage = {"input_tokens": 100, "output_tokens": 10, "total_tokens": 110,
-             "input_tokens_details": {"cached_tokens": 40}, "output_tokens_details": {"reasoning_tokens": 4}}  # fmt: skip
+    usage = {"input_tokens": 100, "output_tokens": 10, "total_tokens": 110}
+    usage |= {"input_tokens_details": {"cached_tokens": 40}, "output_tokens_details": {"reasoning_tokens": 4}}
     record = {
         "id": "r", "object": "response", "created_at": 0, "model": "m", "status": "completed", "error": None,
         "incomplete_details": None, "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": 0,
@@ -225,7 +225,7 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path, monkeypatch: pyt
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/nowhere/model"}))
-    for models, more, message in (
+    for models, more, words in (
         (["openai/gpt-x"], (), "OPENAI_API_KEY is not set"),
         (["/nowhere/model"], (), "neither a directory nor a hub id"),
         ([str(adapter)], (), "put the base back where it was"),
@@ -238,7 +238,7 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path, monkeypatch: pyt
     ):
         done = crosseval(tmp_path / "out", models, *more)
         assert done.exit_code == 2, done.output
-        assert message in " ".join(done.output.split()), message
+        assert words in " ".join(done.output.split()), words
     assert not (tmp_path / "out").exists()
 
 
