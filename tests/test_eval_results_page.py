@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from test_eval_results import write_run
 from typer.testing import CliRunner
 
 from eval.results import points, write_results
-from eval.results_page import render_any, table
+from eval.results_page import render, render_any, table
 from scripts.cli import app
+from scripts.results import read_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_run(tmp_path_factory.mktemp("runs") / "synthetic", benchmarks=6, items=30)
+    folder = write_run(tmp_path_factory.mktemp("runs") / "synthetic", benchmarks=3, items=20)
     write_results(folder)
     for path in folder.glob("**/manifest.json"):
         more = {"started": "2026-11-22T08:00:00+00:00", "cpu_seconds": 36.0, "git_commit": "0123456789abcdef",
@@ -55,7 +57,7 @@ def test_every_comparison_stands_on_the_page(run: Path, page: str) -> None:
         assert claim["text"] in page
     dose = results["capability"]["dose-25"]
     counts = [dose["improved"], dose["unchanged"], dose["regressed"]]
-    assert f"| dose-25 | 6 | 30 | {' | '.join(map(str, counts))} |" in page
+    assert f"| dose-25 | 3 | 20 | {' | '.join(map(str, counts))} |" in page
 
 
 def test_hours_are_those_of_the_manifests(page: str) -> None:
@@ -96,11 +98,15 @@ def test_a_table_keeps_its_columns() -> None:
     ]  # fmt: skip
 
 
-def test_two_runs_share_one_transfer_table(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "results.md"
-    assert CliRunner().invoke(app, ["results", str(run), str(run), "--out", str(out)]).exit_code == 0
-    assert out.read_text().count("## Run synthetic") == 2
-    assert "dose 5% (synthetic)" in out.read_text()
+def test_two_runs_share_one_transfer_table(run: Path) -> None:
+    one = read_run(run)
+    two = replace(one, place="runs/other", results={**one.results, "experiment": "other"})
+    page = render([one, two], {}, "traitdose results")
+    assert page.count("## Run ") == 2
+    header = next(line for line in page.splitlines() if line.startswith("| evaluated |"))
+    assert header.count("dose 5% (synthetic)") == header.count("dose 5% (other)") == 1
+    assert "| other/dose-25" in page
+    assert "![" not in page
 
 
 def test_what_is_no_finished_run_is_named(run: Path, tmp_path: Path) -> None:
