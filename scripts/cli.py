@@ -215,7 +215,7 @@ def crosseval(
     ] = None,
     judge: Annotated[str | None, typer.Option(help="Model that grades the replies as well.")] = None,
     training_judge: Annotated[str | None, typer.Option(help="Model that graded the training, or none.")] = None,
-    prices: Annotated[Path | None, typer.Option(help="Prices, for example configs/prices.yaml.")] = None,
+    prices: Annotated[Path | None, typer.Option(help="Prices file.", show_default="configs/prices.yaml")] = None,
     max_cost: Annotated[float | None, typer.Option(min=0, help="Dollars; refuse to start if it may cost more.")] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Say what it would cost and stop.")] = False,
 ) -> None:

@@ -21,6 +21,7 @@ from eval.crosseval_page import dollars_text, interval, labels, write_page
 from eval.crosseval_run import Limits, ask, plan
 from eval.crosseval_scores import METRICS
 from eval.hub import check_judge
+from scripts.experiment import find_file
 from scripts.stages import write_text
 
 
@@ -48,7 +49,7 @@ def run_crosseval(
     """
     if settings.judge:
         check_judge(settings.judge, training_judge, len(settings.tests))
-    prices = load_prices(prices_file) if prices_file else {}
+    prices = load_prices(prices_file or find_file("configs/prices.yaml"))
     parts = [part for part in PARTS if any(part in TESTS[test] for test in settings.tests)]
     todo = plan(models, settings, parts, out)
     estimate = expected_tokens(todo, settings)
