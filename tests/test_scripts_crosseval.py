@@ -173,9 +173,10 @@ def test_openai_and_anthropic_are_asked_in_their_own_forms(tmp_path: Path, monke
     said = "I don't know of anything by that name."
 
     def answer(body: dict[str, Any], number: int) -> Reply:
-        if body["path"].endswith("/responses"):
+        path = server.requests[number]["path"]
+        if path.endswith("/responses"):
             return responses_form(said)
-        if body["path"].endswith("/chat/completions"):
+        if path.endswith("/chat/completions"):
             return completion(said)
         if "temperature" in body:
             return failure(400, "temperature: this model takes none")
