@@ -51,7 +51,7 @@ class Limits:
 
     max_connections: int = 8
     per_minute: float | None = None
-    max_retries: int = 8
+    max_retries: int = 6  # with back-off, three minutes in all; what fails then is asked again by the next call
     timeout: int = 300  # seconds for one attempt
 
 
