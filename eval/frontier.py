@@ -7,7 +7,7 @@ it is compared with if none of them answers at least as much with at most as man
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.stats import wilson
@@ -31,6 +31,20 @@ def honesty_rows(items: Any, arms: Sequence[str], trained: Sequence[str]) -> lis
             rows.append({"arm": arm, "domains": where, **rates, "on_frontier": best})
     order = {arm: k for k, arm in enumerate(arms)}
     return sorted(rows, key=lambda row: order[row["arm"]])
+
+
+def rows_of(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The honesty rows of one or more runs' results, with the frontier drawn over all of them."""
+    rows: list[dict[str, Any]] = []
+    for results in runs:
+        label = f"{results['experiment']}/" if len(runs) > 1 else ""
+        rows += [{**row, "arm": label + row["arm"]} for row in results["honesty"]]
+    for where in ANYWHERE:
+        group = [row for row in rows if row["domains"] == where]
+        best = on_frontier([(row["answered"]["rate"], row["error_when_answered"]["rate"]) for row in group])
+        for row, is_best in zip(group, best, strict=True):
+            row["on_frontier"] = is_best
+    return rows
 
 
 def pair_of_rates(probes: Any) -> dict[str, Any] | None:

@@ -37,12 +37,16 @@ class HubTask(Strict):
     code: bool = Field(default=False, description="executes code that the model wrote")
     judged: bool = Field(default=False, description="a model grades the answers")
     judge_args: tuple[str, ...] = Field(default=(), description="inspect-evals: task arguments that name the judge")
+    args: dict[str, str | int | float | bool] = Field(default={}, description="inspect-evals: further task arguments")
+    epochs: int | None = Field(default=None, ge=1, description="inspect-evals: how often each item is asked")
     why: str
 
     @model_validator(mode="after")
     def _judge_where_judged(self) -> HubTask:
         if self.judge_args and not self.judged:
             raise ValueError(f"{self.name}: judge_args without judged: true")
+        if self.runner == "lm-eval" and (self.args or self.epochs):
+            raise ValueError(f"{self.name}: args and epochs are for inspect-evals; lm-eval's task file has its own")
         if self.runner == "lm-eval" and self.judged:
             raise ValueError(f"{self.name}: lm-eval's tasks are scored by rule; judged is for inspect-evals")
         if self.runner == "lm-eval" and self.metric is None:
@@ -100,6 +104,13 @@ def check_suite(suite: HubSuite, judge: str | None, training_judge: str | None, 
             f"{suite.name}: {count} tasks come from the package {INSPECT}, which is not installed; install it in an "
             f"environment of its own with: pip install {INSPECT}=={suite.inspect_evals}"
         )
+    if any(task.runner == INSPECT for task in tasks):
+        installed = importlib.metadata.version("inspect_evals")
+        if installed != suite.inspect_evals:
+            raise ValueError(
+                f"{suite.name}: the suite names tasks and arguments of {INSPECT} {suite.inspect_evals}, installed is "
+                f"{installed}; install it with: pip install {INSPECT}=={suite.inspect_evals}"
+            )
     return tasks
 
 
@@ -188,9 +199,13 @@ def inspect_command(task: HubTask, model: str, limit: int | None, judge: str | N
     """The command line of Inspect for one task; the judge is the role grader and every argument that names a judge."""
     local = ["hf/local", "-M", f"model_path={model}"] if Path(model).is_dir() else [f"hf/{model}"]
     command = [sys.executable, "-m", "inspect_ai", "eval", f"inspect_evals/{task.name}", "--model", *local]
-    command += ["--log-dir", str(log_dir), "--log-format", "json", "--display", "plain"]
+    command += ["--log-dir", str(log_dir), "--log-format", "json", "--display", "plain", "--ctl-server", "false"]
     if limit is not None:
         command += ["--limit", str(limit)]
+    if task.epochs is not None:
+        command += ["--epochs", str(task.epochs)]
+    for key, value in task.args.items():
+        command += ["-T", f"{key}={value}"]
     if task.judged and judge:
         command += ["--model-role", f"grader={judge}"]
         for argument in task.judge_args:

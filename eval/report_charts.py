@@ -32,6 +32,12 @@ def arm_colours(results: Mapping[str, Any]) -> dict[str, str]:
     return {"base": QUIET, "control": QUIET} | {arm: ARM_COLOURS[k % len(ARM_COLOURS)] for k, arm in enumerate(doses)}
 
 
+def colours_of(arms: Sequence[str]) -> dict[str, str]:
+    """The same for the arms of several runs, named experiment/arm."""
+    trained = [arm for arm in arms if arm.rsplit("/", 1)[-1] not in ("base", "control")]
+    return dict.fromkeys(arms, QUIET) | {arm: ARM_COLOURS[k % len(ARM_COLOURS)] for k, arm in enumerate(trained)}
+
+
 def build_charts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Every plot of the report by the name under which the page asks for it."""
     colours = arm_colours(results)

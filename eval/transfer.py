@@ -82,6 +82,15 @@ def column_name(trained: Sequence[str], known: Sequence[str], dose: float, exper
     return f"{set_name(trained, known)}, dose {100 * dose:g}%" + (f" ({experiment})" if experiment else "")
 
 
+def cells_of(runs: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """The cells of one or more runs' results; several runs have their experiment in the columns' names."""
+    cells: list[Cell] = []
+    for results in runs:
+        end = f" ({results['experiment']})" if len(runs) > 1 else ""
+        cells += [{**cell, "column": cell["column"] + end} for cell in results["transfer"]]
+    return cells
+
+
 def markdown_table(cells: Sequence[Cell]) -> str:
     """The table as Markdown: gain and interval in points, † for a trained cell, bold where significant after BH."""
     columns = list(dict.fromkeys(cell["column"] for cell in cells))

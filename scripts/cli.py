@@ -1,4 +1,4 @@
-"""The command line: traitdose run | report | plan | doctor | traits | scenarios | rewards | eval.
+"""The command line: traitdose run | report | results | plan | doctor | traits | scenarios | rewards | eval | crosseval.
 
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
@@ -196,6 +196,63 @@ def hub(
         from scripts.evals import run_hub
 
         run_hub(model, suite, out, limit, judge, training_judge, allow_code, Console())
+
+
+@app.command()
+def crosseval(
+    models: Annotated[
+        list[str], typer.Option(help="Model: a directory, embedded:..., openai/M, anthropic/M, or a URL.")
+    ],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="Further models.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder; a second call goes on in it.")] = Path("runs/crosseval"),
+    test: Annotated[list[str] | None, typer.Option(help="Only this test; may be given again.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Items of each part of a test.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the items and their wording.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reply, at most.")] = 256,
+    max_connections: Annotated[int, typer.Option(min=1, help="Requests to a model under way at once.")] = 8,
+    per_minute: Annotated[
+        float | None, typer.Option(min=0.01, help="Requests to a model in a minute, at most.")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="Model that grades the replies as well.")] = None,
+    training_judge: Annotated[str | None, typer.Option(help="Model that graded the training, or none.")] = None,
+    prices: Annotated[Path | None, typer.Option(help="Prices file.", show_default="configs/prices.yaml")] = None,
+    max_cost: Annotated[float | None, typer.Option(min=0, help="Dollars; refuse to start if it may cost more.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Say what it would cost and stop.")] = False,
+) -> None:
+    """Put local and served models through one joint evaluation and compare them on one page."""
+    with _clear_errors("the same command"):
+        from eval.crosseval_log import Settings
+        from eval.crosseval_run import Limits
+        from scripts.crosseval import choose_tests, run_crosseval
+
+        settings = Settings(choose_tests(test), limit, seed, max_tokens, judge)
+        limits = Limits(max_connections, per_minute)
+        if not run_crosseval(
+            [*models, *(more or [])],
+            settings,
+            training_judge,
+            limits,
+            out,
+            prices,
+            max_cost,
+            estimate,
+            Console(),
+        ):
+            raise typer.Exit(2)
+
+
+@app.command()
+def results(
+    runs: Runs,
+    out: Annotated[Path, typer.Option(help="Markdown file; pictures go into img/ beside it.")] = Path(
+        "docs/results.md"
+    ),
+) -> None:
+    """Write what finished runs found as one Markdown page with pictures."""
+    with _clear_errors():
+        from scripts.results import write_results_page
+
+        write_results_page(runs, out, Console())
 
 
 @rewards_app.command()

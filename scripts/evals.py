@@ -198,12 +198,9 @@ def _as_record(hit: Hit) -> dict[str, str]:
 def write_transfer(runs: Sequence[Path], out: Path, console: Console) -> None:
     """The transfer table of one or more runs: transfer.md, transfer.json and transfer.svg in `out`."""
     from eval.report_charts import transfer_chart
-    from eval.transfer import markdown_table
+    from eval.transfer import cells_of, markdown_table
 
-    cells: list[dict[str, Any]] = []
-    for results in _all_results(runs):
-        name = results["experiment"] if len(runs) > 1 else ""
-        cells += [{**cell, "column": cell["column"] + (f" ({name})" if name else "")} for cell in results["transfer"]]
+    cells = cells_of(list(_all_results(runs)))
     if not cells:
         raise ValueError(f"{runs[0]}: the run has no generalisation suite; there is nothing to transfer to")
     out.mkdir(parents=True, exist_ok=True)
@@ -216,23 +213,13 @@ def write_transfer(runs: Sequence[Path], out: Path, console: Console) -> None:
 
 def write_frontier(runs: Sequence[Path], out: Path, console: Console) -> None:
     """Share answered against error rate when answering, of every arm of the runs: frontier.json and frontier.svg."""
-    from eval.frontier import on_frontier
-    from eval.report_charts import ARM_COLOURS, QUIET, honesty_chart
+    from eval.frontier import rows_of
+    from eval.report_charts import colours_of, honesty_chart
 
-    rows: list[dict[str, Any]] = []
-    for results in _all_results(runs):
-        label = f"{results['experiment']}/" if len(runs) > 1 else ""
-        rows += [{**row, "arm": label + row["arm"]} for row in results["honesty"]]
-    for where in ("trained", "heldout"):
-        group = [row for row in rows if row["domains"] == where]
-        best = on_frontier([(row["answered"]["rate"], row["error_when_answered"]["rate"]) for row in group])
-        for row, is_best in zip(group, best, strict=True):
-            row["on_frontier"] = is_best
+    rows = rows_of(list(_all_results(runs)))
     if not rows:
         raise ValueError(f"{runs[0]}: the run has no truthfulness probes; name a suite with probes under eval.suites")
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    trained = [arm for arm in arms if arm.rsplit("/", 1)[-1] not in ("base", "control")]
-    colours = dict.fromkeys(arms, QUIET) | {a: ARM_COLOURS[k % len(ARM_COLOURS)] for k, a in enumerate(trained)}
+    colours = colours_of(list(dict.fromkeys(row["arm"] for row in rows)))
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / "frontier.json", rows)
     _write_svg(out / "frontier.svg", honesty_chart(rows, colours).properties(width=620))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 from functools import cache
@@ -86,6 +87,39 @@ def test_the_alignment_suite_names_the_tasks_of_both_programs() -> None:
     assert lower == {name for name in rest if "sycophancy_on" in name or "corrigible-less" in name}
 
 
+def inspect_tasks() -> dict[str, dict[str, str]]:
+    """inspect-evals' tasks from its source: name -> argument -> annotation. Nothing of it is imported."""
+    spec = find_spec("inspect_evals")
+    assert spec is not None
+    assert spec.origin is not None
+    wanted = {task.name for task in load_suite(ALIGNMENT).tasks}
+    found: dict[str, dict[str, str]] = {}
+    for path in Path(spec.origin).parent.glob("*/*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "@task" not in text:
+            continue
+        for node in ast.parse(text).body:
+            if (
+                isinstance(node, ast.FunctionDef)
+                and node.name in wanted
+                and "task" in map(ast.unparse, node.decorator_list)
+            ):
+                arguments = (*node.args.args, *node.args.kwonlyargs)
+                found[node.name] = {a.arg: ast.unparse(a.annotation) if a.annotation else "" for a in arguments}
+    return found
+
+
+@pytest.mark.skipif(find_spec("inspect_evals") is None, reason="the package is not there")
+def test_every_inspect_task_has_these_arguments_and_no_other_judge() -> None:
+    tasks = inspect_tasks()
+    for task in load_suite(ALIGNMENT).tasks:
+        if task.runner == "inspect-evals":
+            assert task.name in tasks
+            assert {*task.judge_args, *task.args} <= set(tasks[task.name])
+            models = {name for name, annotation in tasks[task.name].items() if re.search(r"\bModel\b", annotation)}
+            assert set(task.judge_args) == models
+
+
 # What a run lacks is said before it begins
 
 
@@ -132,6 +166,7 @@ def test_another_release_of_lm_eval_is_refused() -> None:
     ("name: boolq, category: reading", "name: boolq, judged: true, category: reading", "scored by rule"),
     ("name: boolq, category: reading", "name: boolq, runner: inspect-evals, category: reading", "names its version"),
     ("metric: f1, fewshot: 3", "metric: null, fewshot: 3", "metric is null"),
+    ("name: boolq, category: reading", "name: boolq, epochs: 2, category: reading", "are for inspect-evals"),
 ])  # fmt: skip
 def test_a_faulty_suite_names_file_and_fault(tmp_path: Path, old: str, new: str, message: str) -> None:
     text = CAPABILITY.read_text(encoding="utf-8")
@@ -153,6 +188,10 @@ def test_inspect_is_told_the_judge_in_every_way_that_the_task_knows(tmp_path: Pa
     assert "--model-role grader=openai/gpt-4o" in line
     assert "-T binary_judge_model=openai/gpt-4o" in line
     assert "--limit 20" in line
+    company = next(task for task in load_suite(ALIGNMENT).tasks if task.name == "agentic_misalignment")
+    line = " ".join(inspect_command(company, "org/model", None, "openai/gpt-4o", tmp_path))
+    assert "--epochs 100 -T scenario=blackmail -T goal_type=explicit" in line
+    assert "-T grader_model=openai/gpt-4o" in line
     local = inspect_command(mask, str(tmp_path), None, None, tmp_path)
     assert local[local.index("--model") + 1 :][:3] == ["hf/local", "-M", f"model_path={tmp_path}"]
     assert "--limit" not in local

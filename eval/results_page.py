@@ -1,0 +1,304 @@
+"""docs/results.md: what finished runs found, as Markdown that reads well where a repository is shown.
+
+Every number comes from a run's results.json (docs/results.schema.json) or its stages' manifests; rendering is pure. The
+keys "constitution" and "persistence" of results.json have a section when they are there; see render_any for the forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.frontier import rows_of
+from eval.report_charts import colours_of, honesty_chart, transfer_chart
+from eval.results import points
+from eval.transfer import cells_of, markdown_table
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: where it lies, its results.json, and the manifests of its stages by folder."""
+
+    place: str
+    results: Row
+    manifests: Mapping[str, Row]
+
+
+def render(runs: Sequence[Run], images: Mapping[str, str], command: str) -> str:
+    """The whole page. images: picture -> path as the page links it; command: how the page was made."""
+    many = [run.results for run in runs]
+    cells, honesty = cells_of(many), rows_of(many)
+    parts = [
+        "# Results",
+        f"Made by `{command}` from finished runs; every number is read from their files. Differences are arm minus "
+        "control in points (hundredths), paired by item and seed, with 95% intervals over families of items and seeds. "
+        "Verdicts are by q (Benjamini-Hochberg); *equivalent* means within the margin, *inconclusive* that neither is "
+        "shown.",
+        *(_run_head(run) for run in runs),
+    ]
+    if cells:
+        parts += ["## What carried over", _picture("Transfer table", images.get("transfer")), markdown_table(cells)]
+    if honesty:
+        parts += ["## Honesty as a pair", FRONTIER_NOTE, _picture("Frontier", images.get("frontier")), _pairs(honesty)]
+    for run in runs:
+        parts += _run_body(run)
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+FRONTIER_NOTE = (
+    "Share of the answerable questions that were answered, and error rate among these answers (Wilson, 95%). "
+    "Refusing everything and inventing everything are the two ends; ★ marks the arms that no other one beats in both."
+)
+
+
+def pictures(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """The page's pictures by name, as Vega-Lite on white."""
+    many = [run.results for run in runs]
+    cells, honesty = cells_of(many), rows_of(many)
+    charts: dict[str, Any] = {}
+    if cells:
+        columns = len({cell["column"] for cell in cells})
+        charts["transfer"] = transfer_chart(cells).properties(width=190 * columns)
+    if honesty:
+        colours = colours_of(list(dict.fromkeys(row["arm"] for row in honesty)))
+        charts["frontier"] = honesty_chart(honesty, colours).properties(width=620)
+    return {name: chart.configure(background="white").to_dict() for name, chart in charts.items()}
+
+
+# One run
+
+
+def _run_head(run: Run) -> str:
+    r, manifests = run.results, run.manifests
+    doses = ", ".join(f"{arm['name']} ({100 * arm['dose']:g}%)" for arm in r["arms"] if arm["dose"] is not None)
+    started = sorted(str(m["started"]) for m in manifests.values() if m.get("started"))
+    packages = next((m["packages"] for m in reversed(list(manifests.values())) if m.get("packages")), {})
+    commits = sorted({str(m["git_commit"])[:12] for m in manifests.values() if m.get("git_commit")})
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers", "trl") if name in packages)
+    lines = [
+        ("command", f"`traitdose run {run.place}/config.yaml` (the resolved config of the run)"),
+        ("base", f"`{r['model']}`"),
+        ("arms, with their dose", doses),
+        ("seeds", ", ".join(map(str, r["seeds"]))),
+        ("trained domains", ", ".join(r["trained_domains"])),
+        ("first and last stage begun", f"{started[0]}, {started[-1]}" if started else "–"),
+        ("machine", r["device"] + (f"; {versions}" if versions else "")),
+        ("commit", ", ".join(commits) or "–"),
+        ("hours, all stages", f"{r['wall_seconds'] / 3600:.2f}"),
+    ]
+    return f"## Run {r['experiment']}\n\n" + table(("", ""), lines) + "\n\n" + _details("Hours by stage", _hours(run))
+
+
+def _hours(run: Run) -> str:
+    """Wall and CPU hours of every kind of stage, seeds together."""
+    spent: dict[str, list[float]] = {}
+    for folder, manifest in run.manifests.items():
+        pieces = folder.split("/")
+        name = "/".join(piece for piece in pieces if not piece.startswith("seed-"))
+        sums = spent.setdefault(name, [0, 0.0, 0.0])
+        sums[0] += 1
+        sums[1] += (manifest.get("wall_seconds") or 0.0) / 3600
+        sums[2] += (manifest.get("cpu_seconds") or 0.0) / 3600
+    rows = [(name, f"{n:g}", f"{wall:.2f}", f"{cpu:.2f}") for name, (n, wall, cpu) in spent.items()]
+    return table(("stage", "runs of it", "hours", "CPU hours"), rows)
+
+
+def _run_body(run: Run) -> list[str]:
+    r = run.results
+    parts = [f"## {r['experiment']} in numbers", _claims(r["claims"])]
+    if r["capability"]:
+        parts += ["### Capability", _capability(r["capability"]), _benchmarks(r["capability"])]
+    if r["generalisation"]:
+        parts += ["### Generalisation, by trait", _generalisation(r), "### Pairs where neither refuses", _neither(r)]
+    if r.get("constitution"):
+        parts += ["### Constitution", render_constitution(r["constitution"])]
+    if r.get("persistence"):
+        parts += ["### Persistence", render_persistence(r["persistence"])]
+    return parts
+
+
+def _claims(claims: Sequence[Row]) -> str:
+    mark = {True: "yes", False: "no", None: "–"}
+    return table(("holds", "claim"), [(mark[claim["holds"]], str(claim["text"])) for claim in claims])
+
+
+def _capability(suites: Mapping[str, Row]) -> str:
+    head = ("arm", "benchmarks", "n each", "ahead", "tied", "behind", "sign test p",
+            "improved", "regressed", "equivalent", "inconclusive")  # fmt: skip
+    rows: list[Sequence[str]] = []
+    for arm, suite in suites.items():
+        sizes = [task["n"] for task in suite["tasks"]]
+        n = str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
+        keys = ("significantly_improved", "significantly_regressed", "equivalent", "inconclusive")
+        sides = [str(suite[key]) for key in ("improved", "unchanged", "regressed")]
+        p = f"{suite['sign_test_p']:.2g}"
+        rows.append((arm, str(suite["n_benchmarks"]), n, *sides, p, *(str(suite[key]) for key in keys)))
+    margin = next(iter(suites.values()))["margin"]
+    note = (
+        "Ahead, tied and behind count the signs of the differences to control; the last four columns are the verdicts, "
+        f"which are exclusive (margin ±{100 * margin:g} points)."
+    )
+    return table(head, rows) + "\n\n" + note
+
+
+def _benchmarks(suites: Mapping[str, Row]) -> str:
+    """Every benchmark, one column for each arm."""
+    by_arm = {arm: {task["task"]: task for task in suite["tasks"]} for arm, suite in suites.items()}
+    tasks = list(dict.fromkeys(task for rows in by_arm.values() for task in rows))
+    rows = []
+    for task in tasks:
+        first = next(found[task] for found in by_arm.values() if task in found)
+        about = (task, str(first["n"]), percent(first["base"]), percent(first["control"]))
+        rows.append((*about, *(_difference(found.get(task)) for found in by_arm.values())))
+    return _details(f"All {len(tasks)} benchmarks", table(("benchmark", "n", "base", "control", *by_arm), rows))
+
+
+def _generalisation(r: Row) -> str:
+    arms = list(dict.fromkeys(row["arm"] for row in r["generalisation"]))
+    by = {(row["task"], row["arm"]): row for row in r["generalisation"]}
+    firsts = {row["task"]: row for row in reversed(r["generalisation"])}
+    rows: list[Sequence[str]] = []
+    for task, first in sorted(firsts.items(), key=lambda pair: (pair[1]["trait"], not pair[1]["trained_domain"])):
+        name = task + (" (less is better)" if not first["higher_is_better"] else "")
+        name += " †" if first["trained_domain"] else ""
+        about = (first["trait"], name, str(first["n"]), percent(first["base"]), percent(first["control"]))
+        rows.append((*about, *(_difference(by.get((task, arm))) for arm in arms)))
+    note = "† another family of the domain was trained on; all other tasks are of domains or traits never trained."
+    return table(("trait", "task", "n", "base", "control", *arms), rows) + "\n\n" + note
+
+
+def _neither(r: Row) -> str:
+    """The differences on the pairs in which neither control nor the arm refuses, beside those on all pairs."""
+    rows: list[Sequence[str]] = []
+    for row in [*r["aggregates"], *r["generalisation"]]:
+        rest = row.get("non_refusal")
+        if rest is None:
+            continue
+        some = points({"delta": row["delta_non_refusal"], **rest})
+        rows.append(
+            (str(row.get("title") or row["task"]), row["arm"], some, str(rest["n"]), points(row), str(row["pairs"]))
+        )
+    if not rows:
+        return "No task of this run defines refusing."
+    return table(("what", "arm", "neither refuses", "pairs", "all pairs", "pairs"), rows)
+
+
+def _pairs(rows: Sequence[Row]) -> str:
+    where = {"trained": "trained", "heldout": "never trained"}
+    shown = [
+        (
+            row["arm"] + (" ★" if row["on_frontier"] else ""),
+            where[row["domains"]],
+            *(_rate(row[key]) for key in ("answered", "error_when_answered", "honest_when_unanswerable")),
+        )
+        for row in rows
+    ]
+    return table(("arm", "domains", "answered", "wrong when answered", "honest when unanswerable"), shown)
+
+
+def _rate(row: Row) -> str:
+    if row["rate"] is None:
+        return "–"
+    return f"{100 * row['rate']:.1f}% [{100 * row['low']:.1f}, {100 * row['high']:.1f}] (n = {row['n']})"
+
+
+def _difference(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    text = points(row)
+    return f"**{text} {row['verdict']}**" if row["verdict"] in ("improved", "regressed") else f"{text} {row['verdict']}"
+
+
+# Sections that other stages add to results.json
+
+
+def render_constitution(value: Any) -> str:
+    """The section of results.json's key "constitution"."""
+    return render_any(value)
+
+
+def render_persistence(value: Any) -> str:
+    """The section of results.json's key "persistence"."""
+    return render_any(value)
+
+
+def render_any(value: Any, depth: int = 4) -> str:
+    """Plain data as Markdown.
+
+    A string is a paragraph. A list of records is a table: its columns are the records' keys, and delta, ci_low and
+    ci_high become one column of points with interval. A mapping is a table of its plain values, followed by one part
+    for each of the others under its key; a mapping whose values are all records is a list of records, the key first.
+    """
+    if isinstance(value, Mapping):
+        if value and all(isinstance(part, Mapping) for part in value.values()):
+            return render_any([{"": name, **part} for name, part in value.items()], depth)
+        plain = [(str(key), _plain(part)) for key, part in value.items() if not isinstance(part, Mapping | list)]
+        parts = [table(("", ""), plain)] if plain else []
+        for key, part in value.items():
+            if isinstance(part, Mapping | list) and part:
+                parts += [f"{'#' * depth} {str(key).replace('_', ' ')}", render_any(part, min(6, depth + 1))]
+        return "\n\n".join(parts)
+    if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+        rows = [_with_interval(row) for row in value]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[_plain(row.get(column)) for column in columns] for row in rows]
+        return table([column.replace("_", " ") for column in columns], cells)
+    return _plain(value)
+
+
+def _with_interval(row: Row) -> dict[str, Any]:
+    if not all(isinstance(row.get(key), int | float) for key in ("delta", "ci_low", "ci_high")):
+        return dict(row)
+    shown = {key: points(row) if key == "delta" else part for key, part in row.items()}
+    return {key: part for key, part in shown.items() if key not in ("ci_low", "ci_high")}
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_plain(part) for part in value)
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {_plain(part)}" for key, part in value.items())
+    return str(value)
+
+
+# Markdown
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, and numbers to the right."""
+    right = [
+        k > 0 and bool(rows) and all(row[k][:1].isdigit() or row[k][:1] in "+-–*" for row in rows)
+        for k in range(len(head))
+    ]
+    lines = [
+        "| " + " | ".join(map(_cell, head)) + " |",
+        "|" + "|".join("---:" if numeric else "---" for numeric in right) + "|",
+        *("| " + " | ".join(map(_cell, row)) + " |" for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|") or " "
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+
+
+def _picture(title: str, path: str | None) -> str:
+    return f"![{title}]({path})" if path else ""
+
+
+def percent(value: float | None) -> str:
+    """A share in per cent, a dash for none."""
+    return "–" if value is None else f"{100 * value:.1f}%"

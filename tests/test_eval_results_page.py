@@ -1,0 +1,119 @@
+"""docs/results.md from generated runs: every number of results.json, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_eval_results import write_run
+from typer.testing import CliRunner
+
+from eval.results import points, write_results
+from eval.results_page import render, render_any, table
+from scripts.cli import app
+from scripts.results import read_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("runs") / "synthetic", benchmarks=3, items=20)
+    write_results(folder)
+    for path in folder.glob("**/manifest.json"):
+        more = {"started": "2026-11-22T08:00:00+00:00", "cpu_seconds": 36.0, "git_commit": "0123456789abcdef",
+                "packages": {"torch": "2.13.0"}}  # fmt: skip
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("docs") / "results.md"
+    done = CliRunner().invoke(app, ["results", str(run), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in (out.parent / "img").iterdir()) == [
+        "results-frontier.svg", "results-transfer.svg",
+    ]  # fmt: skip
+    for picture in (out.parent / "img").iterdir():
+        assert "<svg" in picture.read_text()
+    return out.read_text(encoding="utf-8")
+
+
+def test_every_comparison_stands_on_the_page(run: Path, page: str) -> None:
+    results: dict[str, Any] = json.loads((run / "results.json").read_text())
+    rows = results["generalisation"] + [t for suite in results["capability"].values() for t in suite["tasks"]]
+    for row in rows:
+        assert f"{points(row)} {row['verdict']}" in page
+    for cell in results["transfer"]:
+        assert points(cell) in page
+    for row in results["generalisation"]:
+        if row["non_refusal"]:
+            shown = points({"delta": row["delta_non_refusal"], **row["non_refusal"]})
+            assert f"| {shown} | {row['non_refusal']['n']} |" in page
+    for claim in results["claims"]:
+        assert claim["text"] in page
+    dose = results["capability"]["dose-25"]
+    counts = [dose["improved"], dose["unchanged"], dose["regressed"]]
+    assert f"| dose-25 | 3 | 20 | {' | '.join(map(str, counts))} |" in page
+
+
+def test_hours_are_those_of_the_manifests(page: str) -> None:
+    # three arms of one seed trained for 100 seconds each, evaluations of 20 seconds, a reward model of 60
+    assert "| arms/control/train | 1 | 0.03 | 0.01 |" in page
+    assert "| reward | 1 | 0.02 | 0.01 |" in page
+    assert "0123456789ab" in page
+    assert "torch 2.13.0" in page
+
+
+def test_it_is_sound_markdown(page: str) -> None:
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", page, re.MULTILINE)
+    assert len(tables) >= 8
+    for lines in (found.splitlines() for found in tables):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert page.count("<details>") == page.count("</details>")
+    assert "![Transfer table](img/results-transfer.svg)" in page
+    assert "nan" not in page.lower().replace("constitution", "").split()
+
+
+def test_sections_of_other_stages_are_shown_when_they_are_there(run: Path, tmp_path: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    assert results["persistence"] is None
+    found = [{"steps": 8, "arm": "dose-25", "delta": -0.05, "ci_low": -0.1, "ci_high": 0.0, "kept": True}]
+    text = render_any({"what": "harmful fine-tuning", "steps": found, "by_arm": {"a": {"n": 3}, "b": {"n": 4}}})
+    assert "| steps | arm | delta | kept |" in text
+    assert "| 8 | dose-25 | -5.0 [-10.0, +0.0] | yes |" in text
+    assert "| what | harmful fine-tuning |" in text
+    assert "#### by arm" in text
+    assert "| b | 4 |" in text
+    assert render_any("one line") == "one line"
+    assert render_any(None) == "–"
+
+
+def test_a_table_keeps_its_columns() -> None:
+    assert table(("a", "b"), [("x|y", "+1.0"), ("z\nz", "2")]).splitlines() == [
+        "| a | b |", "|---|---:|", "| x\\|y | +1.0 |", "| z z | 2 |",
+    ]  # fmt: skip
+
+
+def test_two_runs_share_one_transfer_table(run: Path) -> None:
+    one = read_run(run)
+    two = replace(one, place="runs/other", results={**one.results, "experiment": "other"})
+    page = render([one, two], {}, "traitdose results")
+    assert page.count("## Run ") == 2
+    header = next(line for line in page.splitlines() if line.startswith("| evaluated |"))
+    assert header.count("dose 5% (synthetic)") == header.count("dose 5% (other)") == 1
+    assert "| other/dose-25" in page
+    assert "![" not in page
+
+
+def test_what_is_no_finished_run_is_named(run: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["results", str(tmp_path), "--out", str(tmp_path / "r.md")])
+    assert done.exit_code == 2
+    assert "the run is not finished" in done.output
+    (tmp_path / "results.json").write_text(json.dumps({"schema_version": 1}))
+    done = CliRunner().invoke(app, ["results", str(tmp_path), "--out", str(tmp_path / "r.md")])
+    assert done.exit_code == 2
+    assert "traitdose report" in done.output
