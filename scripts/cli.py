@@ -1,4 +1,4 @@
-"""The command line: traitdose run | report | plan | doctor | traits | scenarios | rewards | eval.
+"""The command line: traitdose run | report | persist | plan | doctor | traits | scenarios | rewards | eval.
 
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
@@ -64,6 +64,20 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder, for example run
         from scripts.run import make_report
 
         make_report(run, Console())
+
+
+@app.command()
+def persist(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, for example runs/quickstart.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to its persistence section: persistence.items=8.")
+    ] = None,
+) -> None:
+    """Attack every arm of a finished run, or go on with it, and put what is left of the trait into its report."""
+    with _clear_errors(shlex.join(["traitdose", "persist", str(run), *(overrides or [])])):
+        from scripts.persist import persist
+
+        persist(run, overrides or [], Console())
 
 
 @app.command()
