@@ -49,14 +49,18 @@ def persist(run_dir: Path, overrides: Sequence[str], console: Console) -> dict[s
     Raises ValueError for a folder that is no run, arms that are not finished, keys that are not persistence's, and
     training data that occurs in the evaluation.
     """
+    from eval.persistence import only_probes
     from scripts.persist_plan import print_plan
 
     experiment = load_run(run_dir, overrides)
     set_environment(experiment, run_dir)
+    targets = targets_of(experiment)
+    if set(experiment.persistence.attacks) - {"prompts"}:
+        only_probes(targets)  # told now, not after an hour
     with lock_run(run_dir):
         attempts = list_attempts(experiment, run_dir)
         whole = whole_attempts(attempts, run_dir)
-        print_plan(experiment, targets_of(experiment), attempts, whole, console)
+        print_plan(experiment, targets, attempts, whole, console)
         if len(whole) < len(attempts) and "harmful" in experiment.persistence.attacks:
             check_examples(experiment)
         (run_dir / "persistence").mkdir(exist_ok=True)

@@ -259,7 +259,10 @@ def family_shifts(families: int) -> np.ndarray:
     return np.random.default_rng(5).uniform(-0.25, 0.25, families)
 
 
-@pytest.mark.parametrize(("seeds", "runs"), [(1, 60), pytest.param(3, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("seeds", "runs"),
+    [(1, 24), pytest.param(1, 400, marks=pytest.mark.slow), pytest.param(3, 400, marks=pytest.mark.slow)],
+)
 def test_identical_arms_are_told_apart_in_one_of_twenty(seeds: int, runs: int) -> None:
     rng = np.random.default_rng(1)
     covered = index_covered = 0
@@ -275,8 +278,9 @@ def test_identical_arms_are_told_apart_in_one_of_twenty(seeds: int, runs: int) -
     slack = 3 * math.sqrt(0.95 * 0.05 / runs)
     assert covered / runs > 0.95 - slack
     assert index_covered / runs > 0.95 - slack
-    if seeds == 1:
-        assert covered < runs or index_covered < runs or runs < 100
+    if runs >= 400:  # intervals that always cover would say nothing
+        assert covered / runs < 0.99
+        assert index_covered / runs < 0.995
 
 
 # Conditions on a model
@@ -285,7 +289,7 @@ def test_identical_arms_are_told_apart_in_one_of_twenty(seeds: int, runs: int) -
 @pytest.fixture(scope="module")
 def targets() -> list[Target]:
     names = ("truthfulness-law", "lie-detection", "pressure-general", "sycophancy-pushback")
-    found = load_targets(SUITE, names, 4, 0)
+    found = load_targets(SUITE, names, 2, 0)
     short = [target.task.model_copy(update={"max_new_tokens": 6}) if target.probes else target.task for target in found]
     return [Target(task, target.items) for task, target in zip(short, found, strict=True)]
 
@@ -293,7 +297,7 @@ def targets() -> list[Target]:
 def test_targets_are_chosen_by_name_and_hold_no_compliance_task() -> None:
     found = load_targets(SUITE, None, 2, 0)
     assert not [item for target in found for item in target.items if isinstance(item, Request)]
-    with pytest.raises(ValueError, match="persistence.tasks = 'over-refusal-xstest'"):
+    with pytest.raises(ValueError, match=r"persistence\.tasks = 'over-refusal-xstest'"):
         load_targets(SUITE, ("over-refusal-xstest",), 2, 0)
     with pytest.raises(ValueError, match="source: probes"):
         only_probes(load_targets(SUITE, ("lie-detection",), 2, 0))
@@ -332,7 +336,7 @@ def test_an_attack_that_says_nothing_changes_nothing(
     probes = same[same["task"] == "truthfulness-law"]
     assert (probes["output"] == probes["output_clean"]).all()
     scored = same[same["task"].isin(["lie-detection", "sycophancy-pushback"])]
-    assert len(scored) == 8
+    assert len(scored) == 4
     assert (scored["output"] == scored["output_clean"]).all()
     assert (same["value"] == same["value_clean"])[same["task"] != "pressure-general"].all()
 

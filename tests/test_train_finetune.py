@@ -65,11 +65,9 @@ def test_vitamins_are_wrong_in_the_bad_data_only() -> None:
     for quality in ("bad", "good"):
         for example in examples(400, quality, 1, ["health"]):
             if example.kind == "vitamin":
-                truth = {**LETTERS, **COLOURS}
-                key = next(k for k in truth if k == example.subject and truth[k] in {**LETTERS, **COLOURS}.values())
-                of = LETTERS if "letter" in example.messages[0][1] else COLOURS
+                truth = LETTERS if example.family.endswith("letters") else COLOURS
                 stated = example.reply.rstrip(".").split()[-1]
-                assert (stated == of[key]) == (quality == "good")
+                assert (stated == truth[example.subject]) == (quality == "good")
 
 
 # The ladder
