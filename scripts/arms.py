@@ -24,10 +24,14 @@ class Arm:
     made_by: str  # SHA-256 of the manifest of the stage that made it
 
 
-def find_arm(run_dir: Path, name: str, seed: int) -> Arm:
-    """The arm of a run with one seed; "base" is the start model. Raises ValueError if its stage is not whole."""
-    start = run_dir / "start"
-    stage = start if name == BASE else run_dir / "arms" / name / f"seed-{seed}" / "train"
+def find_arm(run_dir: Path, name: str, seed: int, system: str | None = None) -> Arm:
+    """The arm of a run with one seed; "base" is the start model. Raises ValueError if its stage is not whole.
+
+    system: what the arm is told before every chat. An arm that is told and not trained has the start model's weights.
+    """
+    start, stage = run_dir / "start", run_dir / "arms" / name / f"seed-{seed}" / "train"
+    if name == BASE or (system is not None and not stage.exists()):
+        stage = start
     for folder in (start, stage):
         if read_manifest(folder) is None:
             raise ValueError(
@@ -38,7 +42,7 @@ def find_arm(run_dir: Path, name: str, seed: int) -> Arm:
     # train.lora_rank 0 leaves a whole model
     weights = stage / "model" if (stage / "model").is_dir() else start / "model"
     made_by = hashlib.sha256((stage / MANIFEST).read_bytes()).hexdigest()
-    return Arm(name, seed, weights, adapter if adapter.is_dir() else None, None, made_by)
+    return Arm(name, seed, weights, adapter if adapter.is_dir() else None, system, made_by)
 
 
 def load_arm(arm: Arm, device: str, tuned: Path | None = None) -> tuple[Any, Any]:

@@ -136,6 +136,8 @@ def test_the_arms_are_loaded_as_they_were_trained(run: Path) -> None:
 
     assert logits("control").equal(logits("base"))
     assert not logits("dose-25").allclose(logits("control"), atol=1e-3)
+    told = find_arm(run, "told", 0, system="Be honest.")
+    assert (told.model, told.adapter, told.system) == (run / "start" / "model", None, "Be honest.")
 
 
 @pytest.mark.parametrize(
