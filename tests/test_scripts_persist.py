@@ -15,14 +15,18 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
+from eval.persistence import load_targets
 from eval.results import SCHEMA
 from scripts import persist as persisting
 from scripts.arms import find_arm, load_arm
 from scripts.cli import app
 from scripts.experiment import CHECKOUT
+from scripts.persist_plan import plan_attacks
+from scripts.plan import EXAMPLE_TOKENS, FORWARD, LEARN, LOAD_SECONDS, SAMPLE, item_tokens, text_tokens
 from scripts.stages import run_stage
 from tests.conftest import tiny_llama
 from tests.test_eval_results import write_run
+from train.persistence_config import PersistenceConfig
 
 KEYS = [
     "persistence.tasks=[truthfulness-health,lie-detection]",
@@ -138,6 +142,26 @@ def test_the_arms_are_loaded_as_they_were_trained(run: Path) -> None:
     assert not logits("dose-25").allclose(logits("control"), atol=1e-3)
     told = find_arm(run, "told", 0, system="Be honest.")
     assert (told.model, told.adapter, told.system) == (run / "start" / "model", None, "Be honest.")
+
+
+def test_the_plan_counts_learned_read_and_written_tokens() -> None:
+    n, peak = 1e8, 1e11
+    cfg = PersistenceConfig.model_validate({"finetune": {"steps": [0, 3]}, "prompts": ["prefill"]})
+    nothing = plan_attacks(cfg, [], n, peak)
+    learned = 6 * n * 3 * cfg.finetune.batch_size * EXAMPLE_TOKENS / LEARN / peak
+    assert nothing["harmful"] == nothing["recovery"] == pytest.approx(LOAD_SECONDS + learned)
+    assert nothing["generation"] == LOAD_SECONDS
+    suite = CHECKOUT / "configs" / "suites" / "generalisation-offline.yaml"
+    targets = load_targets(suite, ("truthfulness-law",), 4, 0)
+    costs = plan_attacks(cfg, targets, n, peak)
+    read = sum(item_tokens(probe) for probe in targets[0].probes) * 2 * n / FORWARD / peak
+    written = 4 * 32 * 2 * n / SAMPLE / peak
+    assert costs["harmful"] == pytest.approx(nothing["harmful"] + 2 * (read + written))  # steps 0 and 3
+    assert costs["recovery"] == pytest.approx(nothing["recovery"] + read + written)
+    # greedy once, then four replies at each of two temperatures, which share their prompt
+    assert costs["generation"] == pytest.approx(LOAD_SECONDS + 3 * read + 9 * written)
+    said = 4 * text_tokens("The answer is") * 2 * n / FORWARD / peak
+    assert costs["prompts"] == pytest.approx(LOAD_SECONDS + 2 * (read + written) + said)
 
 
 @pytest.mark.parametrize(

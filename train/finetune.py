@@ -7,7 +7,6 @@ with the weights of the uninterrupted one.
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,7 +76,6 @@ def climb(
     )
     silence(trainer)
     checkpoint = latest(out / "checkpoints")
-    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trained: Any = trainer.model
     if keep:
