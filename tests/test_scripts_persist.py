@@ -100,14 +100,15 @@ def test_a_run_is_attacked_and_goes_on_where_it_was(run: Path, monkeypatch: pyte
     assert str(run / "report.html") in output.replace("\n", "")
     for path, when in made.items():
         assert (folder / path / "items.parquet").stat().st_mtime_ns == when
-    again = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*/*")}
-    before = (run / "results.json").read_bytes()
-    output = invoke(*words)
-    assert output.count("already whole") == 8
-    assert again == {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*/*")}
-    assert (run / "results.json").read_bytes() == before
+    experiment = persisting.load_run(run, words[1:])
+    attempts = persisting.list_attempts(experiment, run)
+    assert persisting.whole_attempts(attempts, run) == attempts
+    assert len(attempts) == 8
+    longer = persisting.load_run(run, [*words[1:], "persistence.finetune.steps=[0,1]"])
+    left = persisting.whole_attempts(persisting.list_attempts(longer, run), run)
+    assert {attempt.attack for attempt in left} == {"prompts", "generation"}
 
-    results = json.loads(before)
+    results = json.loads((run / "results.json").read_text())
     jsonschema.validate(results, json.loads(SCHEMA.read_text()))
     found = results["persistence"]
     assert {row["arm"] for row in found["prompts"]} == {"control", "dose-25"}

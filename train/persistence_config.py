@@ -19,9 +19,9 @@ class LadderConfig(_Section):
     """Fine-tuning on bad data, and back on good data: the same examples in the same order for every arm."""
 
     methods: tuple[Method, ...] = Field(
-        ("lora",),
+        default=("lora",),
         min_length=1,
-        description="What is tuned: a new LoRA adapter, or every weight; each is its own ladder.",
+        description="What is tuned: a new LoRA adapter, or every weight; a ladder each.",
     )
     steps: tuple[int, ...] = Field(
         default=(0, 2, 4, 8, 16, 32), min_length=2, description="Steps after which the trait is measured, from 0 up."
@@ -93,7 +93,7 @@ class PersistenceConfig(_Section):
         "generation: temperatures and the worst of n.",
     )
     arms: tuple[str, ...] | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Arms to attack beside control, such as [dose-25, base]; null: every trained one.",
     )
