@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from eval.attacks import ATTACKS, choose_attacks
+from eval.item_forms import ITEMS
 from rewards.probes import BANK
 from scripts.arms import BASE, Arm, find_arm, load_arm
 from scripts.evals import evaluation_texts, find_hits
@@ -49,11 +50,11 @@ def persist(run_dir: Path, overrides: Sequence[str], console: Console) -> dict[s
     Raises ValueError for a folder that is no run, arms that are not finished, keys that are not persistence's, and
     training data that occurs in the evaluation.
     """
+    experiment = load_run(run_dir, overrides)
+    set_environment(experiment, run_dir)  # before what reads it while it is imported
     from eval.persistence import only_probes
     from scripts.persist_plan import print_plan
 
-    experiment = load_run(run_dir, overrides)
-    set_environment(experiment, run_dir)
     targets = targets_of(experiment)
     if set(experiment.persistence.attacks) - {"prompts"}:
         only_probes(targets)  # told now, not after an hour
@@ -62,7 +63,7 @@ def persist(run_dir: Path, overrides: Sequence[str], console: Console) -> dict[s
         whole = whole_attempts(attempts, run_dir)
         print_plan(experiment, targets, attempts, whole, console)
         if len(whole) < len(attempts) and "harmful" in experiment.persistence.attacks:
-            check_examples(experiment)
+            check_examples(experiment, run_dir)
         (run_dir / "persistence").mkdir(exist_ok=True)
         section = yaml.safe_dump(experiment.persistence.model_dump(mode="json"), sort_keys=False)
         write_text(run_dir / "persistence" / "config.yaml", section)
@@ -138,8 +139,21 @@ def whole_attempts(attempts: Sequence[Attempt], run_dir: Path) -> list[Attempt]:
     return [attempt for attempt in attempts if is_whole(run_dir / attempt.name, _inputs(attempt, run_dir))]
 
 
-def check_examples(experiment: Experiment) -> None:
-    """Raises ValueError if a text that the ladders train on occurs in the evaluation."""
+def check_examples(experiment: Experiment, run_dir: Path) -> None:
+    """Compare what the ladders train on with the evaluation, by runs of words; skipped when done.
+
+    Raises ValueError if one of the texts occurs there.
+    """
+    cfg, suite = experiment.persistence.finetune, find_file(experiment.eval.suites["generalisation"].file)
+    inputs = {
+        "examples": [cfg.steps[-1], cfg.batch_size, list(experiment.seeds), list(experiment.reward.domains)],
+        "wording": experiment.eval.seed,
+        "data": hash_files(suite, BANK, BANK / "kinds", CHECKOUT / "train" / "bad_data.py", *_item_folders()),
+    }
+    run_stage(run_dir / "persistence" / "contamination", inputs, lambda out: _check_examples(experiment, out))
+
+
+def _check_examples(experiment: Experiment, out: Path) -> None:
     from eval.contamination import Text
     from train.bad_data import examples
 
@@ -155,6 +169,7 @@ def check_examples(experiment: Experiment) -> None:
     hits = find_hits(list(dict.fromkeys(texts)), evaluation_texts(asked, limited=False), meaning=False)
     if hits:
         raise ValueError(f"contamination: {len(hits)} fine-tuning texts occur in the evaluation, first: {hits[0]}")
+    write_text(out / "hits.json", "[]\n")
 
 
 def _make(attempt: Attempt, run_dir: Path, console: Console) -> None:
@@ -177,7 +192,6 @@ def _inputs(attempt: Attempt, run_dir: Path) -> dict[str, Any]:
 
 def _shared_inputs(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     cfg, suite = experiment.persistence, find_file(experiment.eval.suites["generalisation"].file)
-    items = CHECKOUT / "eval" / "items"
     return {
         "arm": arm.made_by,
         "system": arm.system,
@@ -185,8 +199,12 @@ def _shared_inputs(experiment: Experiment, arm: Arm) -> dict[str, Any]:
         "wording": experiment.eval.seed,
         "tasks": cfg.tasks,
         "items": cfg.items,
-        "data": hash_files(suite, BANK, items, items / "alignment"),
+        "data": hash_files(suite, BANK, *_item_folders()),
     }
+
+
+def _item_folders() -> tuple[Path, Path]:
+    return ITEMS, ITEMS / "alignment"
 
 
 # The work of a stage

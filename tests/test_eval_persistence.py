@@ -241,6 +241,10 @@ def test_rows_of_a_ladder() -> None:
     assert second["recovered"]["steps"] == pytest.approx(2 ** ((0.9 - 7 / 8) / (1 / 8)) - 1)
 
 
+def slow(*values: int) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def null_table(rng: np.random.Generator, families: int, seeds: int) -> pd.DataFrame:
     """An arm whose items fall with a chance that its family and its seed move: no arm differs from another."""
     rows = []
@@ -259,10 +263,7 @@ def family_shifts(families: int) -> np.ndarray:
     return np.random.default_rng(5).uniform(-0.25, 0.25, families)
 
 
-@pytest.mark.parametrize(
-    ("seeds", "runs"),
-    [(1, 24), pytest.param(1, 400, marks=pytest.mark.slow), pytest.param(3, 400, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("seeds", "runs"), [(1, 12), slow(1, 400), slow(3, 400)])
 def test_identical_arms_are_told_apart_in_one_of_twenty(seeds: int, runs: int) -> None:
     rng = np.random.default_rng(1)
     covered = index_covered = 0
