@@ -196,6 +196,18 @@ def frontier(runs: Runs, out: TableOut = Path("runs/tables")) -> None:
 
 
 @eval_app.command()
+def persistence(
+    run: Annotated[Path, typer.Argument(help="Run folder that `traitdose persist` has attacked.")],
+    out: TableOut = Path("runs/tables"),
+) -> None:
+    """Write what the attacks on a run have shown: Markdown tables and pictures."""
+    with _clear_errors():
+        from scripts.persist_tables import write_persistence
+
+        write_persistence(run, out, Console())
+
+
+@eval_app.command()
 def hub(
     model: Annotated[str, typer.Argument(help="Hub id or model directory.")],
     suite: Annotated[Path, typer.Option(help="Hub suite, for example configs/suites/capability-53.yaml.")],

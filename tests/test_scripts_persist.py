@@ -128,7 +128,16 @@ def test_a_run_is_attacked_and_goes_on_where_it_was(run: Path, monkeypatch: pyte
     assert len(list((folder / "harmful-lora" / "dose-25" / "seed-0" / "adapter").glob("*.safetensors"))) == 1
     items = pd.read_parquet(folder / "prompts" / "dose-25" / "seed-0" / "items.parquet")
     assert set(items["arm"]) == {"dose-25"}
-    assert "Persistence" in (run / "report.html").read_text()
+    assert 'data-chart="persistence:attacks"' in (run / "report.html").read_text()
+
+    out = run / "tables"
+    result = CliRunner().invoke(app, ["eval", "persistence", str(run), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    pictures = {"persistence-attacks.svg", "persistence-sampling.svg", "persistence-steps-lora.svg"}
+    assert {path.name for path in out.iterdir()} == {"persistence.md", *pictures}
+    row = next(row for row in found["prompts"] if (row["arm"], row["condition"]) == ("dose-25", "salesman"))
+    shown = f"| salesman | dose-25 | {row['n']} | {100 * row['clean']:.1f}% | {100 * row['attacked']:.1f}% |"
+    assert shown in (out / "persistence.md").read_text()
 
 
 def test_the_arms_are_loaded_as_they_were_trained(run: Path) -> None:
@@ -188,6 +197,9 @@ def test_a_run_that_is_not_finished_says_so(run: Path, tmp_path: Path) -> None:
     unfinished = tmp_path / "run"
     shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("persistence", "seed-0.content", "train.content"))
     (unfinished / "arms" / "dose-05" / "seed-0" / "train" / "manifest.json").unlink()
+    result = CliRunner().invoke(app, ["eval", "persistence", str(unfinished)])
+    assert result.exit_code == 2
+    assert "was not attacked" in result.output
     line = invoke(str(unfinished), *KEYS, code=2)
     assert "arm dose-05 (seed 0) is not finished" in line
     assert "traitdose run" in line
