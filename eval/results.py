@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 
 from eval.frontier import honesty_rows
-from eval.persistence_results import persistence_results
+from eval.persistence_results import persistence_claims, persistence_results
 from eval.stats import (
     Difference,
     benjamini_hochberg,
@@ -122,7 +122,7 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "ledger": _ledger(run_dir, [CONTROL, *arms], seeds),
         "gate": None,
     }
-    results["claims"] = _claims(results, arms)
+    results["claims"] = _claims(results, arms) + persistence_claims(results["persistence"])
     return results
 
 

@@ -24,7 +24,7 @@ from eval.persistence import (
     only_probes,
     worst_of,
 )
-from eval.persistence_results import attack_rows, ladder_rows, selective_rows
+from eval.persistence_results import attack_rows, ladder_rows, persistence_claims, selective_rows
 from eval.persistence_stats import (
     crossing_interval,
     degradations,
@@ -101,6 +101,10 @@ def test_rows_of_an_attack_by_hand() -> None:
     assert rows["dose", "all harmful"]["degradation"] == pytest.approx(1 / 8)
     assert rows["dose", "all harmful"]["difference"]["delta"] == pytest.approx(1 / 8 - 2 / 8)
     assert rows["dose", "all harmful"]["difference"]["q"] is None
+    (claim,) = persistence_claims({"prompts": list(rows.values()), "selective": []})
+    assert claim["arm"] == "dose"
+    assert claim["holds"] == (rows["dose", "all harmful"]["difference"]["ci_high"] < 0)
+    assert "-12.5 [" in claim["text"]
 
 
 # Selective persistence

@@ -31,7 +31,7 @@ from train.persistence_config import PersistenceConfig
 KEYS = [
     "persistence.tasks=[truthfulness-health,lie-detection]",
     "persistence.items=2",
-    "persistence.prompts=[salesman,insistence,sign-painter]",
+    "persistence.prompts=[salesman,sign-painter]",
     "persistence.finetune.steps=[0,1,2]",
     "persistence.finetune.batch_size=2",
     "persistence.finetune.lora_rank=2",
@@ -113,7 +113,7 @@ def test_a_run_is_attacked_and_goes_on_where_it_was(run: Path, monkeypatch: pyte
     found = results["persistence"]
     assert {row["arm"] for row in found["prompts"]} == {"control", "dose-25"}
     assert {row["condition"] for row in found["prompts"]} == {
-        "salesman", "insistence", "sign-painter", "all harmful", "all helpful",
+        "salesman", "sign-painter", "all harmful", "all helpful",
     }  # fmt: skip
     assert [row["arm"] for row in found["selective"]] == ["control", "dose-25"]
     (ladder,) = found["finetuning"]

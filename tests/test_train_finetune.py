@@ -89,12 +89,19 @@ def run(out: Path, tokenizer: PreTrainedTokenizerFast, method: Method, stop_at: 
     return seen
 
 
+@pytest.fixture(scope="module")
+def whole_lora(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """An uninterrupted LoRA ladder: its folder and its measurements."""
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("ladder") / "whole"
+    return out, run(out, tokenizer, "lora")
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_killed_ladder_ends_where_it_would_have(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, method: Method
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, method: Method, whole_lora: tuple[Path, Any]
 ) -> None:
-    torch.manual_seed(0)
-    whole = run(tmp_path / "whole", tokenizer, method)
+    out, whole = whole_lora if method == "lora" else (tmp_path / "whole", run(tmp_path / "whole", tokenizer, method))
     assert list(whole) == [1, 2, 4]
     assert len(set(whole.values())) == 3
     with pytest.raises(KilledError):
@@ -103,7 +110,7 @@ def test_a_killed_ladder_ends_where_it_would_have(
     torch.manual_seed(1)
     assert run(tmp_path / "killed", tokenizer, method) == {step: whole[step] for step in (2, 4)}
     weights = [
-        load_file(next((tmp_path / name / WEIGHTS[method]).glob("*.safetensors"))) for name in ("whole", "killed")
+        load_file(next((folder / WEIGHTS[method]).glob("*.safetensors"))) for folder in (out, tmp_path / "killed")
     ]
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
@@ -111,8 +118,10 @@ def test_a_killed_ladder_ends_where_it_would_have(
     assert run(tmp_path / "killed", tokenizer, method) == {}  # nothing is left to do
 
 
-def test_a_short_ladder_is_the_beginning_of_a_long_one(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    long = run(tmp_path / "long", tokenizer, "lora")
+def test_a_short_ladder_is_the_beginning_of_a_long_one(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, whole_lora: tuple[Path, Any]
+) -> None:
+    _, long = whole_lora
     short: dict[int, float] = {}
 
     def measure(step: int, model: Any) -> None:
