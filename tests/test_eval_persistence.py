@@ -38,6 +38,7 @@ from eval.persistence_stats import (
     share_longer,
     value_difference,
 )
+from eval.report_persistence import crossing_text
 from eval.stats import paired_difference
 
 SUITE = Path(__file__).parent.parent / "configs" / "suites" / "alignment-offline.yaml"
@@ -205,6 +206,12 @@ def test_a_bound_beyond_the_last_step_is_censored() -> None:
     assert share_longer([None, None, 4.0, 2.0, None], [None, 3.0, 3.0, 3.0, None]) == pytest.approx(
         (1 + 1 + 0 + 0.5) / 4
     )
+
+
+def test_steps_in_words() -> None:
+    assert crossing_text({"steps": 5.25, "ci_low": 3.1, "ci_high": None, "last": 32}, "x") == "5.2 [3.1, > 32]"
+    assert crossing_text({"steps": None, "ci_low": 3.1, "ci_high": None, "last": 8}, "x") == "> 8 [3.1, > 8]"
+    assert crossing_text(None, "score above the floor") == "no score above the floor"
 
 
 def curve(scores: dict[int, list[float]], seed: int = 0) -> pd.DataFrame:
