@@ -20,9 +20,10 @@ from rich.console import Console
 from eval.attacks import ATTACKS, choose_attacks
 from eval.item_forms import ITEMS
 from rewards.probes import BANK
-from scripts.arms import BASE, Arm, find_arm, load_arm
+from scripts.arms import BASE, Arm, find_arm
 from scripts.evals import evaluation_texts, find_hits
 from scripts.experiment import CHECKOUT, Experiment, find_file, load_experiment
+from scripts.persist_work import generation, ladder, make_items, prompts, targets_of
 from scripts.run import Bars, make_bars, make_report, set_environment
 from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, run_stage, write_text
 
@@ -107,20 +108,20 @@ def list_attempts(experiment: Experiment, run_dir: Path) -> list[Attempt]:
             shared = _shared_inputs(experiment, arm)
             if "prompts" in cfg.attacks:
                 inputs = {**shared, "prompts": cfg.prompts, "texts": hash_files(ATTACKS)}
-                attempts.append(Attempt("prompts", arm, inputs, partial(_prompts, experiment, arm)))
+                attempts.append(Attempt("prompts", arm, inputs, partial(prompts, experiment, arm)))
             for method in cfg.finetune.methods if "harmful" in cfg.attacks else ():
-                ladder = cfg.finetune.model_dump(mode="json", exclude={"methods", "floor", "recovered"})
-                inputs = {**shared, "ladder": ladder, "domains": list(experiment.reward.domains)}
+                steps = cfg.finetune.model_dump(mode="json", exclude={"methods", "floor", "recovered"})
+                inputs = {**shared, "ladder": steps, "domains": list(experiment.reward.domains)}
                 inputs["keeps_weights"] = "recovery" in cfg.attacks
-                harm = Attempt(f"harmful-{method}", arm, inputs, partial(_ladder, experiment, arm, method, None))
+                harm = Attempt(f"harmful-{method}", arm, inputs, partial(ladder, experiment, arm, method, None))
                 attempts.append(harm)
                 if "recovery" in cfg.attacks:
                     inputs = {**inputs, "recovers": method}
-                    work = partial(_ladder, experiment, arm, method, run_dir / harm.name)
+                    work = partial(ladder, experiment, arm, method, run_dir / harm.name)
                     attempts.append(Attempt(f"recovery-{method}", arm, inputs, work))
             if "generation" in cfg.attacks:
                 inputs = {**shared, "generation": cfg.generation.model_dump(mode="json")}
-                attempts.append(Attempt("generation", arm, inputs, partial(_generation, experiment, arm)))
+                attempts.append(Attempt("generation", arm, inputs, partial(generation, experiment, arm)))
     return attempts
 
 
@@ -168,14 +169,20 @@ def _check_examples(experiment: Experiment, out: Path) -> None:
     asked = experiment.model_copy(update={"eval": experiment.eval.model_copy(update={"suites": suites})})
     hits = find_hits(list(dict.fromkeys(texts)), evaluation_texts(asked, limited=False), meaning=False)
     if hits:
-        raise ValueError(f"contamination: {len(hits)} fine-tuning texts occur in the evaluation, first: {hits[0]}")
+        raise ValueError(
+            f"contamination: {len(hits)} fine-tuning texts occur in the evaluation, first: {hits[0]}; take "
+            "the family out of train/bad_data.py, or the item out of the suite"
+        )
     write_text(out / "hits.json", "[]\n")
 
 
 def _make(attempt: Attempt, run_dir: Path, console: Console) -> None:
     with make_bars(attempt.name, console) as bars:
         manifest = run_stage(
-            run_dir / attempt.name, _inputs(attempt, run_dir), lambda out: _work(attempt, out, bars), name=attempt.name
+            run_dir / attempt.name,
+            _inputs(attempt, run_dir),
+            lambda out: make_items(attempt.arm, attempt.work, out, bars),
+            name=attempt.name,
         )
     gc.collect()
     took = "already whole" if manifest.skipped else f"{manifest.wall_seconds:.0f} s"
@@ -199,109 +206,9 @@ def _shared_inputs(experiment: Experiment, arm: Arm) -> dict[str, Any]:
         "wording": experiment.eval.seed,
         "tasks": cfg.tasks,
         "items": cfg.items,
-        "data": hash_files(suite, BANK, *_item_folders()),
+        "data": hash_files(suite, BANK, BANK / "kinds", *_item_folders()),
     }
 
 
 def _item_folders() -> tuple[Path, Path]:
     return ITEMS, ITEMS / "alignment"
-
-
-# The work of a stage
-
-
-def _work(attempt: Attempt, out: Path, bars: Bars) -> None:
-    """Make the conditions, then join their files; a kill in between leaves one or the other."""
-    import pandas as pd
-
-    items = out / "items.parquet"
-    if not items.exists():
-        attempt.work(out, bars)
-        frames = [pd.read_parquet(path) for path in sorted(out.glob("condition-*.parquet"))]
-        joined = pd.concat(frames, ignore_index=True).assign(arm=attempt.arm.name, seed=attempt.arm.seed)
-        joined.to_parquet(items.with_suffix(".tmp"))
-        items.with_suffix(".tmp").replace(items)
-    for path in out.glob("condition-*"):
-        path.unlink()
-
-
-def _prompts(experiment: Experiment, arm: Arm, out: Path, bars: Bars) -> None:
-    from eval.persistence import CLEAN, measure_attack, measure_clean
-
-    targets = targets_of(experiment)
-    model, tokenizer = load_arm(arm, _device())
-    system = arm.system
-    clean = _keep(out, CLEAN, lambda: measure_clean(model, tokenizer, targets, system, bars(CLEAN)))
-    for attack in choose_attacks(experiment.persistence.prompts):
-        make = partial(measure_attack, model, tokenizer, targets, attack, clean, system)
-        _keep(out, attack.id, lambda make=make, name=attack.id: make(bars(name)))
-
-
-def _ladder(experiment: Experiment, arm: Arm, method: Any, harm: Path | None, out: Path, bars: Bars) -> None:
-    """Steps on bad data from the arm, or on good data from what the bad data has left in `harm`."""
-    from eval.persistence import measure_clean, only_probes
-    from train.bad_data import examples
-    from train.finetune import WEIGHTS, climb
-
-    cfg, targets = experiment.persistence.finetune, only_probes(targets_of(experiment))
-    model, tokenizer = load_arm(arm, _device(), None if harm is None else harm / WEIGHTS[method])
-
-    def measure(step: int, tuned: Any) -> None:
-        made = {"step": step, "condition": f"step-{step}", "role": "step"}
-        _keep(out, f"step-{step:05d}", lambda: measure_clean(tuned, tokenizer, targets, arm.system).assign(**made))
-
-    if harm is None:  # a recovery begins with what the harm ended with
-        measure(0, model)
-    quality = "bad" if harm is None else "good"
-    climb(
-        model,
-        tokenizer,
-        examples(cfg.steps[-1] * cfg.batch_size, quality, arm.seed, experiment.reward.domains),
-        method,
-        cfg,
-        out,
-        arm.seed,
-        measure,
-        system=arm.system,
-        keep=harm is None and "recovery" in experiment.persistence.attacks,
-        progress=bars(f"{quality} data"),
-    )
-
-
-def _generation(experiment: Experiment, arm: Arm, out: Path, bars: Bars) -> None:
-    from eval.persistence import CLEAN, measure_clean, measure_samples, only_probes
-
-    cfg, targets = experiment.persistence.generation, only_probes(targets_of(experiment))
-    model, tokenizer = load_arm(arm, _device())
-    system = arm.system
-    _keep(out, CLEAN, lambda: measure_clean(model, tokenizer, targets, system, bars(CLEAN)))
-    for temperature in cfg.temperatures:
-        name = f"temperature-{temperature:g}"
-        make = partial(measure_samples, model, tokenizer, targets, temperature, cfg.worst_of, cfg.samples, arm.seed)
-        _keep(out, name, lambda make=make, name=name: make(system, bars(name)))
-
-
-def targets_of(experiment: Experiment) -> list[Any]:
-    """The tasks and items that are asked."""
-    from eval.persistence import load_targets
-
-    cfg, suite = experiment.persistence, find_file(experiment.eval.suites["generalisation"].file)
-    return load_targets(suite, cfg.tasks, cfg.items, experiment.eval.seed)
-
-
-def _keep(out: Path, name: str, work: Callable[[], Any]) -> Any:
-    """The table of a condition: from its file if an earlier attempt has left it, else made and put there whole."""
-    import pandas as pd
-
-    path = out / f"condition-{name}.parquet"
-    if not path.exists():
-        scratch = path.with_suffix(".tmp")
-        work().to_parquet(scratch)
-        scratch.replace(path)
-    return pd.read_parquet(path)
-
-
-def _device() -> str:
-    from models.loading import best_device
-
-    return best_device()

@@ -86,7 +86,7 @@ def test_a_run_is_attacked_and_goes_on_where_it_was(run: Path, monkeypatch: pyte
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(persisting, "_generation", stop)
+    monkeypatch.setattr(persisting, "generation", stop)
     output = invoke(*words, code=130)
     assert "time left: about" in output
     assert "Go on with: traitdose persist" in output
