@@ -152,12 +152,17 @@ def _answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Prompt], max_new_tokens: int
 ) -> list[tuple[str, int]]:
     """The greedy reply to each prompt and its length in tokens, the end-of-turn token included."""
+    prompts = [encode_chat(tokenizer, text) for text in asked]
+    ends = end_ids(model, tokenizer)
+    groups = sample(model, prompts, max_new_tokens=max_new_tokens, temperature=0.0, eos_ids=ends)
+    return [(str(tokenizer.decode(g[0], skip_special_tokens=True)).strip(), len(g[0])) for g in groups]
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a reply: the model's own and the tokenizer's."""
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
-    eos_ids = sorted({end for end in ends if isinstance(end, int)})
-    prompts = [encode_chat(tokenizer, text) for text in asked]
-    groups = sample(model, prompts, max_new_tokens=max_new_tokens, temperature=0.0, eos_ids=eos_ids)
-    return [(str(tokenizer.decode(g[0], skip_special_tokens=True)).strip(), len(g[0])) for g in groups]
+    return sorted({end for end in ends if isinstance(end, int)})
 
 
 def probe_rows(probe: Probe, reply: str, tokens: int) -> list[dict[str, object]]:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.report_charts import arm_colours, build_charts
+from eval.report_persistence import crossing_text, persistence_charts, persistence_examples
 from eval.results import BASE, CONTROL, LEDGER_KEYS, Frame, load_items, points, primary_rows
 
 SIZE_LIMIT = 8_000_000  # bytes of the whole page
@@ -33,7 +34,7 @@ def write_report(run_dir: Path) -> Path:
         raise ValueError(f"{source} is missing: there is nothing to report; run `traitdose run` with its config first")
     results = json.loads(source.read_text(encoding="utf-8"))
     runtime = vl_convert.javascript_bundle().replace("</script", "<\\/script")  # pyright: ignore[reportCallIssue]
-    plots = build_charts(results)
+    plots = build_charts(results) | persistence_charts(results, arm_colours(results))
     charts = _embed(plots)
     room = SIZE_LIMIT - len(runtime) - len(charts) - 250_000  # the rest of the page is far below that
     payload, shown, total = pack_items(primary_rows(load_items(run_dir)), results, room)
@@ -44,6 +45,7 @@ def write_report(run_dir: Path) -> Path:
         p=_p_value,
         count=_count,
         span=_duration,
+        crossing=crossing_text,
     )
     page = environment.get_template("report.html.j2").render(
         r=results,
@@ -62,6 +64,7 @@ def write_report(run_dir: Path) -> Path:
         shown=shown,
         total=total,
         limits=(PROMPT_LIMIT, OUTPUT_LIMIT),
+        examples=persistence_examples(run_dir, results),
     )
     path = run_dir / "report.html"
     partial = path.with_suffix(".html.partial")

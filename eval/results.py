@@ -18,6 +18,7 @@ import pandas as pd
 import yaml
 
 from eval.frontier import honesty_rows
+from eval.persistence_results import persistence_claims, persistence_results
 from eval.stats import (
     Difference,
     benjamini_hochberg,
@@ -115,13 +116,13 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "transfer": _transfer(pairs, suites["generalisation"], config, doses),
         "honesty": honesty_rows(items, [BASE, CONTROL, *arms], trained),
         "capability": capability,
-        "persistence": None,
+        "persistence": persistence_results(run_dir, [*arms, BASE], seeds),
         "rewards": _rewards(run_dir, [CONTROL, *arms], seeds),
         "reward_accuracy": _read_json(run_dir / "reward" / "accuracy.json"),
         "ledger": _ledger(run_dir, [CONTROL, *arms], seeds),
         "gate": None,
     }
-    results["claims"] = _claims(results, arms)
+    results["claims"] = _claims(results, arms) + persistence_claims(results["persistence"])
     return results
 
 

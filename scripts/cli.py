@@ -1,4 +1,5 @@
-"""The command line: traitdose run | report | results | plan | doctor | traits | scenarios | rewards | eval | crosseval.
+"""The command line: traitdose run | report | results | persist | plan | doctor | traits | scenarios | rewards | eval |
+crosseval.
 
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
@@ -64,6 +65,20 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder, for example run
         from scripts.run import make_report
 
         make_report(run, Console())
+
+
+@app.command()
+def persist(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, for example runs/quickstart.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to its persistence section: persistence.items=8.")
+    ] = None,
+) -> None:
+    """Attack every arm of a finished run, or go on with it, and put what is left of the trait into its report."""
+    with _clear_errors(shlex.join(["traitdose", "persist", str(run), *(overrides or [])])):
+        from scripts.persist import persist
+
+        persist(run, overrides or [], Console())
 
 
 @app.command()
@@ -179,6 +194,18 @@ def frontier(runs: Runs, out: TableOut = Path("runs/tables")) -> None:
         from scripts.evals import write_frontier
 
         write_frontier(runs, out, Console())
+
+
+@eval_app.command()
+def persistence(
+    run: Annotated[Path, typer.Argument(help="Run folder that `traitdose persist` has attacked.")],
+    out: TableOut = Path("runs/tables"),
+) -> None:
+    """Write what the attacks on a run have shown: Markdown tables and pictures."""
+    with _clear_errors():
+        from scripts.persist_tables import write_persistence
+
+        write_persistence(run, out, Console())
 
 
 @eval_app.command()

@@ -60,7 +60,7 @@ def check_run(experiment: Experiment, run_dir: Path) -> None:
 
     files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
     inputs = {
-        "experiment": experiment.model_dump(mode="json"),
+        "experiment": experiment.model_dump(mode="json", exclude={"persistence"}),  # checks its own data
         "data": hash_files(*files, BANK, ITEMS, ITEMS / "alignment"),
     }
     run_stage(run_dir / "contamination", inputs, work, name="contamination")

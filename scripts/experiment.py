@@ -24,6 +24,7 @@ from models.embedded import EMBEDDED, gguf_path
 from rewards.config import RewardConfig
 from rewards.trait_prompts import prompt_domains, source_shares
 from train.config import ArmConfig, StandardMixConfig, TrainConfig, WarmStartConfig
+from train.persistence_config import PersistenceConfig
 
 CHECKOUT = Path(__file__).parent.parent
 TRAITS = CHECKOUT / "configs" / "traits"
@@ -57,6 +58,9 @@ class Experiment(BaseModel):
     train: TrainConfig = Field(description="policy optimisation, the same for every arm")
     arms: dict[str, ArmConfig] = Field(min_length=1, description="the arms; one is called control and has dose 0")
     eval: EvalConfig = Field(description="what base and every arm are measured on")
+    persistence: PersistenceConfig = Field(
+        default=PersistenceConfig(), description="how `traitdose persist` attacks the arms of the finished run"
+    )
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -175,7 +175,7 @@ def plan_eval(experiment: Experiment, parameters: float, peak: float) -> Cost:
             continue
         for task in load_suite(path).tasks:
             items = load_items(task, suite.limit, experiment.eval.seed)
-            read += sum(_item_tokens(item) for item in items)
+            read += sum(item_tokens(item) for item in items)
             if task.source in GENERATED:
                 generated += len(items) * (task.max_new_tokens or 0)
     reading = _cost(read, 2 * parameters, FORWARD, peak)
@@ -397,7 +397,8 @@ def _suite_summary(experiment: Experiment, name: str, path: Path, limit: int | N
     return f"{len(sizes)} tasks, {each} items each, {sum(counts):,} in all"
 
 
-def _item_tokens(item: Probe | AnyItem) -> float:
+def item_tokens(item: Probe | AnyItem) -> float:
+    """About how many tokens are read to ask an item once and to score its replies."""
     if isinstance(item, Probe):
         return text_tokens(item.question)
     replies = sum(len(reply) for _, answers in contexts(item) for reply in answers) / CHARS_PER_TOKEN

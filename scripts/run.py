@@ -263,13 +263,13 @@ def _work_alone(experiment: Experiment, run_dir: Path, name: str, out: Path) -> 
     """One stage's work, in a process that the launcher does not know."""
     set_environment(experiment, run_dir)
     stage = next(stage for stage in list_stages(experiment, run_dir) if stage.name == name)
-    with _bars(name, Console()) as bars:
+    with make_bars(name, Console()) as bars:
         return stage.work(out, bars)
 
 
 def _make(stage: Stage, experiment: Experiment, run_dir: Path, console: Console) -> None:
     apart = count() > 1 and not stage.together  # then its process draws its bars
-    with _bars(stage.name, console, hidden=apart) as bars:
+    with make_bars(stage.name, console, hidden=apart) as bars:
 
         def work(out: Path) -> Mapping[str, Any] | None:
             if apart:
@@ -344,7 +344,7 @@ def _check_accuracy(path: Path, minimum: float, console: Console) -> None:
 
 
 @contextmanager
-def _bars(name: str, console: Console, hidden: bool = False) -> Iterator[Bars]:
+def make_bars(name: str, console: Console, hidden: bool = False) -> Iterator[Bars]:
     """Progress with the time left: a bar on a terminal, a line a minute elsewhere."""
     columns = (
         SpinnerColumn(),
