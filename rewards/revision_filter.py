@@ -20,7 +20,7 @@ _PREAMBLE = re.compile(
     rf"""
       ^{_POLITE}(?:
           (?:here(?:'s|\ is|\ are)|below\ is|this\ is|the\ following\ is)\ +(?:\w+\ +){{0,3}}?{_REVISED}
-            (?:\ +\w+){{0,2}}?\ *(?:\b{_TEXT}\b|:)
+            (?:(?:\ +\w+){{0,2}}?\ *\b{_TEXT}\b|\ *:)
         | (?:the\ +|my\ +)?{_REVISED}\ +{_TEXT}\b[^.\n]{{0,40}}:
         | my\ +{_REVISED}\ +{_TEXT}\b
         | (?:revision|revised|rewrite|rewritten)\ *[:\u2013-]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,11 @@ def _part(experiment: Experiment, run_dir: Path, arm: str, seed: int, part: str,
     if method == "constitution-rl" and part == "train":
         ledger = _rl(experiment, arm, seed, folder, out, allowed, bars)
     else:
+        began = (time.monotonic(), time.process_time())
         ledger = finished(out) or _WORK[method, part](experiment, arm, seed, run_dir, out, allowed, bars(""))
+        if "wall_seconds" not in ledger:
+            ledger["wall_seconds"] = time.monotonic() - began[0]
+            ledger["cpu_seconds"] = time.process_time() - began[1]
     if is_main():
         ledger = write_ledger(out, arm_ledger(parts, ledger) if part == "train" else ledger)
         if method != "constitution-rl" or part != "train":  # nothing goes on from these any more

@@ -205,10 +205,10 @@ def _run(trainer: Any, out: Path) -> int:
 
 
 def _ended(steps: int) -> Row:
-    """How it ended, in the words of train/ledger.py; the times of a part stand in its manifest."""
+    """How it ended, in the words of train/ledger.py."""
     text = f"{steps} updates, as many as the allowance pays for"
     ended = {"by": "train.budget_tflops", "step": steps, "kept_step": steps, "text": text}
-    return {"steps": steps, "ended": ended, "alerts": [], "wall_seconds": 0.0, "cpu_seconds": 0.0}
+    return {"steps": steps, "ended": ended, "alerts": []}
 
 
 def _assistant(text: str) -> Messages:

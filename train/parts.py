@@ -35,15 +35,16 @@ def arm_ledger(parts: Mapping[str, Row], last: Row) -> Row:
     """The whole arm's ledger: the last part's, its accounts summed with those of the parts before it.
 
     `parts` keeps every part's total under its name, the last one's as "train". A ledger that holds them is returned
-    as it is.
+    as it is. The seconds of a part are those of the attempt that finished it; its manifest has those of all.
     """
     if "parts" in last:
         return last
     ledgers = [*parts.values(), last]
     accounts = {name: _sum([ledger[name] for ledger in ledgers]) for name in (*SOURCES, "total")}
     totals = {name: ledger["total"] for name, ledger in {**parts, "train": last}.items()}
+    seconds = {key: sum(float(ledger[key]) for ledger in ledgers) for key in ("wall_seconds", "cpu_seconds")}
     outside = sum(int(ledger.get("outside_tokens", 0)) for ledger in ledgers)
-    return last | accounts | {"parts": totals, "outside_tokens": outside}
+    return last | accounts | seconds | {"parts": totals, "outside_tokens": outside}
 
 
 def read_ledgers(folder: Path, names: Sequence[str]) -> dict[str, Row]:

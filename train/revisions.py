@@ -117,7 +117,8 @@ def sample_revisions(
 
 def accepted(revisions: pd.DataFrame) -> list[Row]:
     """{"prompt", "rejected": first answer, "chosen": last accepted revision} of every prompt that has one."""
-    kept: Any = revisions[revisions["kept"]].sort_values(["position", "round"]).groupby("position").last()
+    frame: Any = revisions
+    kept = frame[frame["kept"]].sort_values(["position", "round"]).groupby("position").last()
     return [
         {"prompt": json.loads(row["messages"]), "rejected": row["first"], "chosen": row["revision"]}
         for row in kept.to_dict("records")
