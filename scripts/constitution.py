@@ -6,9 +6,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from eval.contamination import Text
 from rewards.constitution import Constitution, constitution_texts, load_constitution
@@ -65,8 +68,6 @@ def run_texts(run_dir: Path) -> list[Text]:
 def constitution_parts(experiment: Experiment, run_dir: Path, arm: str, seed: int) -> list[Stage]:
     """The training stages of one constitutional arm with one seed, in their order; none for constitution-prompt."""
     method = experiment.arms[arm].method
-    file = find_file(experiment.constitution.file)
-    beside = file.parent / constitution_demonstrations(file)
     banks = [BANK / f"{domain}.yaml" for domain in ("everyday", *experiment.reward.domains)]
     train = experiment.train.model_dump(mode="json", exclude=set(SETTINGS_ONLY))
     common = {
@@ -74,13 +75,13 @@ def constitution_parts(experiment: Experiment, run_dir: Path, arm: str, seed: in
         "constitution": experiment.constitution.model_dump(mode="json"),
         "reward": {"trait": experiment.reward.trait, "domains": list(experiment.reward.domains)},
         "standard": experiment.standard.model_dump(mode="json"),
-        "data": hash_files(*banks, TRAITS / f"{experiment.reward.trait}.md", file, beside),
+        "data": hash_files(*banks, TRAITS / f"{experiment.reward.trait}.md", *files(experiment)),
         "seed": seed,
     }
     stages: list[Stage] = []
     folder = f"arms/{arm}/seed-{seed}"
     for part in PARTS[method]:
-        rl = method == "constitution-rl" and part == "train"
+        rl = (method, part) == RL
         stages.append(
             Stage(
                 f"{folder}/{part}",
@@ -93,60 +94,86 @@ def constitution_parts(experiment: Experiment, run_dir: Path, arm: str, seed: in
     return stages
 
 
-def constitution_demonstrations(file: Path) -> str:
-    """The name of the demonstrations' file, beside the constitution's."""
-    import yaml
+def files(experiment: Experiment) -> list[Path]:
+    """The constitution's file and its demonstrations'; none without a constitutional arm."""
+    if all(arm.method == "trait" for arm in experiment.arms.values()):
+        return []
+    file = find_file(experiment.constitution.file)
+    return [file, file.parent / yaml.safe_load(file.read_text(encoding="utf-8"))["demonstrations"]]
 
-    return str(yaml.safe_load(file.read_text(encoding="utf-8"))["demonstrations"])
+
+@dataclass(frozen=True)
+class Job:
+    """One part of an arm with one seed: where it is made, and the FLOPs that it may spend."""
+
+    experiment: Experiment
+    run_dir: Path
+    arm: str
+    seed: int
+    out: Path
+    allowed: float
+    progress: Callable[[int, int], None]
+
+    @property
+    def method(self) -> str:
+        """How the arm is trained."""
+        return self.experiment.arms[self.arm].method
+
+    @property
+    def folder(self) -> Path:
+        """Where the arm's parts lie."""
+        return self.run_dir / "arms" / self.arm / f"seed-{self.seed}"
+
+    def accepted(self) -> list[Row]:
+        """The arm's accepted revisions."""
+        import pandas as pd
+
+        from train.revisions import accepted
+
+        return accepted(pd.read_parquet(self.folder / "revisions" / "revisions.parquet"))
 
 
 def _part(experiment: Experiment, run_dir: Path, arm: str, seed: int, part: str, out: Path, bars: Bars) -> Row:
     """Make one part in `out`; returns its ledger, the last part's with those of the parts before it."""
     from train.parts import arm_ledger, finished, read_ledgers, write_ledger
 
-    method, folder = experiment.arms[arm].method, run_dir / "arms" / arm / f"seed-{seed}"
-    before = PARTS[method][: PARTS[method].index(part)]
-    parts = read_ledgers(folder, before)
+    method, budget = experiment.arms[arm].method, experiment.train.budget_tflops * 1e12
+    parts = read_ledgers(run_dir / "arms" / arm / f"seed-{seed}", PARTS[method][: PARTS[method].index(part)])
     spent = {name: float(ledger["total"]["flops"]) for name, ledger in parts.items()}
-    budget = experiment.train.budget_tflops * 1e12
     allowed = allowance(experiment.constitution, method, part, budget, spent)
-    if method == "constitution-rl" and part == "train":
-        ledger = _rl(experiment, arm, seed, folder, out, allowed, bars)
+    job = Job(experiment, run_dir, arm, seed, out, allowed, bars(""))
+    if (method, part) == RL:
+        ledger = _rl(job)
     else:
         began = (time.monotonic(), time.process_time())
-        ledger = finished(out) or _WORK[method, part](experiment, arm, seed, run_dir, out, allowed, bars(""))
+        ledger = finished(out) or WORK[method, part](job)
         if "wall_seconds" not in ledger:
             ledger["wall_seconds"] = time.monotonic() - began[0]
             ledger["cpu_seconds"] = time.process_time() - began[1]
     if is_main():
         ledger = write_ledger(out, arm_ledger(parts, ledger) if part == "train" else ledger)
-        if method != "constitution-rl" or part != "train":  # nothing goes on from these any more
-            for journal in out.glob("*.jsonl"):
-                journal.unlink()
-            for checkpoints in ("checkpoints", "trainer"):
-                shutil.rmtree(out / checkpoints, ignore_errors=True)
+        for scratch in ("revisions.jsonl", "pairs.jsonl"):  # the ledger is there: nothing goes on from them any more
+            (out / scratch).unlink(missing_ok=True)
+        for checkpoints in ("checkpoints", "trainer") if (method, part) != RL else ():
+            shutil.rmtree(out / checkpoints, ignore_errors=True)
     return ledger
 
 
-Work = Callable[[Experiment, str, int, Path, Path, float, Callable[[int, int], None]], Row]
-
-
-def _revisions(
-    experiment: Experiment, arm: str, seed: int, run_dir: Path, out: Path, allowed: float, progress: Any
-) -> Row:
+def _revisions(job: Job) -> Row:
     from train.revisions import sample_revisions
 
+    experiment = job.experiment
     return sample_revisions(
         experiment.constitution,
         experiment.train,
         constitution(experiment),
         experiment.reward.domains,
-        run_dir / "start" / "model",
-        out,
-        seed,
-        allowed,
+        job.run_dir / "start" / "model",
+        job.out,
+        job.seed,
+        job.allowed,
         partial(_overlaps, experiment),
-        progress,
+        job.progress,
     )
 
 
@@ -157,103 +184,101 @@ def _overlaps(experiment: Experiment, texts: Sequence[str]) -> list[bool]:
     return [str(i) in found for i in range(len(texts))]
 
 
-def _sl(experiment: Experiment, arm: str, seed: int, run_dir: Path, out: Path, allowed: float, progress: Any) -> Row:
+def _sl(job: Job) -> Row:
     """Fine-tune on all accepted revisions; before DPO on half of them, the other half gives the preferences."""
     from train.fine_tune import fine_tune
 
-    method = experiment.arms[arm].method
-    revisions = _accepted(run_dir / "arms" / arm / f"seed-{seed}")
-    whole = method == "constitution-sl"  # and nothing follows
+    experiment, revisions = job.experiment, job.accepted()
     return fine_tune(
         experiment.constitution,
         experiment.train,
         experiment.standard,
-        experiment.arms[arm].dose,
-        revisions[::2] if method == "constitution-dpo" else revisions,
-        run_dir / "start" / "model",
-        out,
-        seed,
-        allowed,
-        merge=not whole,
-        progress=progress,
+        experiment.arms[job.arm].dose,
+        revisions[::2] if job.method == "constitution-dpo" else revisions,
+        job.run_dir / "start" / "model",
+        job.out,
+        job.seed,
+        job.allowed,
+        merge=job.method != "constitution-sl",  # the next part begins with a whole model
+        progress=job.progress,
     )
 
 
-def _dpo(experiment: Experiment, arm: str, seed: int, run_dir: Path, out: Path, allowed: float, progress: Any) -> Row:
+def _dpo(job: Job) -> Row:
     from train.fine_tune import prefer_revisions
 
-    folder = run_dir / "arms" / arm / f"seed-{seed}"
-    revisions = _accepted(folder)[1::2]
+    revisions, start = job.accepted()[1::2], job.folder / "sl" / "model"
     if not revisions:
         raise ValueError(
             "constitution: one revision was accepted, and DPO needs another for its preferences; raise "
-            f"train.budget_tflops or constitution.shares.constitution-dpo.revisions ({folder})"
+            f"train.budget_tflops or constitution.shares.constitution-dpo.revisions ({job.folder})"
         )
-    start = folder / "sl" / "model"
-    ledger = prefer_revisions(experiment.constitution, experiment.train, revisions, start, out, seed, allowed, progress)
-    link_model(start, out / "model")
+    experiment = job.experiment
+    ledger = prefer_revisions(
+        experiment.constitution, experiment.train, revisions, start, job.out, job.seed, job.allowed, job.progress
+    )
+    link_model(start, job.out / "model")
     return ledger
 
 
-def _feedback(
-    experiment: Experiment, arm: str, seed: int, run_dir: Path, out: Path, allowed: float, progress: Any
-) -> Row:
+def _feedback(job: Job) -> Row:
     from train.feedback import sample_feedback
     from train.parts import read_ledgers
 
-    folder = run_dir / "arms" / arm / f"seed-{seed}"
-    asked = int(read_ledgers(folder, ["revisions"])["revisions"]["trait"]["prompts"])  # the pairs ask on from there
+    experiment = job.experiment
+    asked = int(read_ledgers(job.folder, ["revisions"])["revisions"]["trait"]["prompts"])
     return sample_feedback(
         experiment.constitution,
         experiment.train,
         constitution(experiment),
         experiment.reward.domains,
-        folder / "sl" / "model",
-        out,
-        seed,
-        asked,
-        allowed,
-        progress,
+        job.folder / "sl" / "model",
+        job.out,
+        job.seed,
+        asked,  # the pairs ask on from where the revisions ended
+        job.allowed,
+        job.progress,
     )
 
 
-def _preference(
-    experiment: Experiment, arm: str, seed: int, run_dir: Path, out: Path, allowed: float, progress: Any
-) -> Row:
+def _preference(job: Job) -> Row:
     import pandas as pd
 
     from train.feedback import fit_on_feedback
 
-    folder = run_dir / "arms" / arm / f"seed-{seed}"
-    pairs = pd.read_parquet(folder / "feedback" / "pairs.parquet")
-    start = folder / "sl" / "model"
-    return fit_on_feedback(experiment.constitution, experiment.train, pairs, start, out, seed, allowed, progress)
+    experiment, start = job.experiment, job.folder / "sl" / "model"
+    pairs = pd.read_parquet(job.folder / "feedback" / "pairs.parquet")
+    return fit_on_feedback(
+        experiment.constitution, experiment.train, pairs, start, job.out, job.seed, job.allowed, job.progress
+    )
 
 
-def _rl(experiment: Experiment, arm: str, seed: int, folder: Path, out: Path, allowed: float, bars: Bars) -> Row:
+def _rl(job: Job) -> Row:
     """train_policy from the fine-tuned model against the preference model, with what is left of the budget."""
     from train.policy import train_policy
 
-    with tracked(experiment, arm, seed, out):
+    experiment = job.experiment
+    with tracked(experiment, job.arm, job.seed, job.out):
         ledger = train_policy(
-            experiment.train.model_copy(update={"budget_tflops": allowed / 1e12}),
+            experiment.train.model_copy(update={"budget_tflops": job.allowed / 1e12}),
             experiment.standard,
-            experiment.arms[arm],
+            experiment.arms[job.arm],
             experiment.reward.model_copy(update={"weights": {}}),  # one model pays, whatever pays the trait arm
-            folder / "sl",
-            folder / "preference",
-            out,
-            seed,
-            bars(""),
+            job.folder / "sl",
+            job.folder / "preference",
+            job.out,
+            job.seed,
+            job.progress,
             report_to=experiment.tracking.backend,
-            run_name=run_name(experiment, arm, seed),
+            run_name=run_name(experiment, job.arm, job.seed),
         )
     if is_main() and experiment.train.lora_rank:
-        link_model(folder / "sl" / "model", out / "model")
+        link_model(job.folder / "sl" / "model", job.out / "model")
     return ledger
 
 
-_WORK: Mapping[tuple[str, str], Work] = {
+RL = ("constitution-rl", "train")  # by all processes of a run, and with checkpoints of its own
+WORK: Mapping[tuple[str, str], Callable[[Job], Row]] = {
     ("constitution-sl", "revisions"): _revisions,
     ("constitution-sl", "train"): _sl,
     ("constitution-dpo", "revisions"): _revisions,
@@ -278,11 +303,3 @@ def link_model(source: Path, target: Path) -> None:
             os.link(file, target / file.name)
         except OSError:
             shutil.copy2(file, target / file.name)
-
-
-def _accepted(folder: Path) -> list[Row]:
-    import pandas as pd
-
-    from train.revisions import accepted
-
-    return accepted(pd.read_parquet(folder / "revisions" / "revisions.parquet"))

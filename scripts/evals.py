@@ -58,7 +58,9 @@ def check_run(experiment: Experiment, run_dir: Path) -> None:
             )
         _write_json(out / "hits.json", [])
 
-    files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
+    from scripts import constitution
+
+    files = [find_file(suite.file) for suite in experiment.eval.suites.values()] + constitution.files(experiment)
     inputs = {
         "experiment": experiment.model_dump(mode="json"),
         "data": hash_files(*files, BANK, ITEMS, ITEMS / "alignment"),

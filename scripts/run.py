@@ -292,7 +292,10 @@ def _make(stage: Stage, experiment: Experiment, run_dir: Path, console: Console)
 
 
 def _print_alerts(ledger: Mapping[str, Any], console: Console) -> None:
-    """What the watchers of a training stage saw, and what a stop has kept."""
+    """What the watchers of a training stage saw, what a stop has kept, and what the filter of revisions dropped."""
+    if "dropped" in ledger:
+        dropped = ", ".join(f"{n} {why}" for why, n in ledger["dropped"].items() if n) or "none"
+        console.print(f"  {ledger['revisions']} revisions, dropped: {dropped}", highlight=False, style="dim")
     for alert in ledger.get("alerts", []):
         text = f"watcher {alert['watcher']}, step {alert['step']}: {alert['text']}"
         console.print(f"  [yellow]![/] {text}", highlight=False)

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 
 from models.loading import load_model
 from rewards.constitution import load_constitution
-from scripts.constitution import constitution_parts
+from scripts.constitution import constitution_parts, run_texts, training_texts
 from scripts.experiment import CHECKOUT, Experiment, load_experiment
 from scripts.stages import run_stage
 from tests.children import finish, fork
 from tests.conftest import STANDARD
 from train.config import TrainConfig
 from train.constitution_config import PARTS, ConstitutionConfig, allowance
-from train.fine_tune import supervised_examples
+from train.fine_tune import fine_tune, prefer_revisions, supervised_examples
 from train.mix import standard_prompts, trait_prompts
 from train.parts import load_chunks, passes, sample_chunks, until_spent
 from train.revisions import accepted, sample_revisions
@@ -183,7 +183,77 @@ def test_feedback_asks_other_prompts_than_the_revisions(run: tuple[Experiment, P
     assert (pairs["label"] == pairs["votes"].map(lambda votes: votes.mean())).all()
 
 
-# -- a kill in the revisions
+def test_every_text_that_is_trained_on_reaches_the_contamination_check(run: tuple[Experiment, Path]) -> None:
+    experiment, run_dir = run
+    told = {text.text for text in training_texts(experiment)}
+    constitution = load_constitution(CONSTITUTION)
+    assert {p.critique for p in constitution.principles} | {d.question for d in constitution.demonstrations} <= told
+    made = {text.text for text in run_texts(run_dir)}
+    for method in ("constitution-sl", "constitution-dpo"):
+        rows: Any = pd.read_parquet(run_dir / "arms" / method / "seed-0" / "revisions" / "revisions.parquet")
+        assert set(rows[rows["kept"]]["revision"]) - {""} <= made
+    pairs = pd.read_parquet(run_dir / "arms" / "constitution-rl" / "seed-0" / "feedback" / "pairs.parquet")
+    assert (set(pairs["first"]) | set(pairs["second"])) - {""} <= made
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("arms.constitution-prompt.dose=0.5", ["arms.constitution-prompt.dose = 0.5", "takes a dose of 0"]),
+        ("arms.constitution-sl.dose=0", ["arms.constitution-sl.dose = 0.0", "takes a dose above 0"]),
+        ("arms.constitution-sl.method=constitution", ["arms.constitution-sl.method = 'constitution'"]),
+        ("arms.control.method=constitution-prompt", ["arms", "exactly one arm has dose 0"]),
+        ("constitution.file=none.yaml", ["constitution.file: there is no such file", "none.yaml"]),
+        ("constitution.rounds=0", ["constitution.rounds = 0", "Critiques and revisions"]),
+        ("constitution.clamp=[0.6,0.4]", ["constitution.clamp", "between 0 and 0.5"]),
+        ("constitution.feedback={model: nowhere}", ["constitution.feedback.model = 'nowhere'", "http://host:port"]),
+        ("constitution.shares.constitution-sl.revisions=1.2", ["constitution.shares", "sum below 1"]),
+        ("constitution.demonstration=3", ["did you mean demonstrations?"]),
+    ],
+)
+def test_mistakes_in_the_config(override: str, parts: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        load_experiment(CHECKOUT / "configs" / "experiments" / "constitution.yaml", [override])
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+# -- kills
+
+
+class KilledError(Exception):
+    """Stands for a signal between two updates."""
+
+
+def test_a_killed_fine_tuning_ends_as_a_whole_one(tiny_stages: Path, tmp_path: Path) -> None:
+    """Supervised and DPO: killed after the first checkpoint, the weights are those of the uninterrupted training."""
+    cfg = ConstitutionConfig(**{**SETTINGS, "batch_size": 2})
+    train = TrainConfig(save_every=2)
+    asked = [{"role": "user", "content": "Why?"}]
+    rows = [{"prompt": asked, "chosen": f"Because {i}.", "rejected": f"No {i}!"} for i in range(4)]
+    start = tiny_stages / "start" / "model"
+
+    def tune(out: Path, stop_at: int) -> None:
+        def progress(done: int, total: int) -> None:
+            if done == stop_at:
+                raise KilledError
+
+        fine_tune(cfg, train, STANDARD, 0.5, rows, start, out / "sl", 0, 3e8, merge=False, progress=progress)
+
+    def prefer(out: Path, stop_at: int) -> None:
+        def progress(done: int, total: int) -> None:
+            if done == stop_at:
+                raise KilledError
+
+        prefer_revisions(cfg, train, rows, start, out / "dpo", 0, 7e8, progress)
+
+    for part, work in (("sl", tune), ("dpo", prefer)):
+        work(tmp_path / "whole", 0)
+        with pytest.raises(KilledError):
+            work(tmp_path / "killed", 3)
+        assert [p.name for p in (tmp_path / "killed" / part / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+        work(tmp_path / "killed", 0)
+        file = Path(part) / "adapter" / "adapter_model.safetensors"
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
 
 
 def revise(start: Path, out: Path, allowed: float, before: Callable[[], None] = lambda: None) -> int:
