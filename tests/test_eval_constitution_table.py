@@ -104,7 +104,7 @@ def test_costs_of_the_parts_over_seeds() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The generated run of test_eval_results with an arm fine-tuned on revisions and one told its principles."""
-    folder = write_run(tmp_path_factory.mktemp("runs") / "synthetic", benchmarks=4)
+    folder = write_run(tmp_path_factory.mktemp("runs") / "synthetic", benchmarks=2)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for arm, method, dose in (("c-sl", "constitution-sl", 0.25), ("c-told", "constitution-prompt", 0.0)):
         config["arms"][arm] = {"method": method, "dose": dose}
@@ -161,9 +161,3 @@ def test_the_summary_sets_them_side_by_side(run: Path) -> None:
     assert "trait RL minus constitution" in text
     assert "+0.0" in text
     assert "preachiness" in text
-
-
-def test_a_run_without_such_arms_has_no_table(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "plain", benchmarks=2)
-    results = json.loads(write_results(folder).read_text())
-    assert results["constitution"] is None

@@ -30,9 +30,9 @@ from train.parts import load_chunks, passes, sample_chunks, until_spent
 from train.revisions import accepted, sample_revisions
 
 CONSTITUTION = CHECKOUT / "configs" / "constitution" / "constitution.yaml"
-SETTINGS = {"demonstrations": 1, "critique_tokens": 4, "principles": 1, "lora_rank": 2}
+SETTINGS = {"demonstrations": 0, "critique_tokens": 4, "principles": 1, "lora_rank": 2}
 TRAIN = {
-    "budget_tflops": 0.02, "max_steps": 400, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 4,
+    "budget_tflops": 0.012, "max_steps": 400, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 4,
     "lora_rank": 2, "save_every": 50,
 }  # fmt: skip
 
@@ -128,7 +128,7 @@ def run(tiny_dir: Path, tiny_stages: Path, tmp_path_factory: pytest.TempPathFact
     content = yaml.safe_load((CHECKOUT / "configs" / "experiments" / "constitution.yaml").read_text())
     content |= {"base": str(tiny_dir), "tracking": {"backend": "none"}, "constitution": SETTINGS, "train": TRAIN}
     content["standard"] = STANDARD.model_dump(mode="json")
-    content["eval"]["suites"]["capability"]["limit"] = content["eval"]["suites"]["generalisation"]["limit"] = 1
+    content["eval"]["suites"] = {"generalisation": content["eval"]["suites"]["generalisation"] | {"limit": 1}}
     (folder / "mine.yaml").write_text(yaml.safe_dump(content))
     (folder / "run").mkdir()
     (folder / "run" / "start").symlink_to(tiny_stages / "start")
@@ -151,10 +151,9 @@ def test_an_arm_spends_its_budget_within_one_percent(run: tuple[Experiment, Path
     assert arm["trait"]["flops"] + arm["standard"]["flops"] == pytest.approx(arm["total"]["flops"])
     for part in PARTS[method][:-1]:
         assert arm["parts"][part] == ledgers[part]["total"]
-        assert arm["parts"][part]["flops"] == pytest.approx(
-            experiment.constitution.shares[method][part] * budget,
-            rel=0.35,  # whole chunks of prompts
-        )
+        if part in ("sl", "preference"):  # the others sample whole chunks of prompts
+            share = experiment.constitution.shares[method][part]
+            assert arm["parts"][part]["flops"] == pytest.approx(share * budget, rel=0.05)
     assert arm["ended"]["by"] == "train.budget_tflops"
     assert load_file(folder / "train" / "adapter" / "adapter_model.safetensors")
 
@@ -224,36 +223,31 @@ class KilledError(Exception):
     """Stands for a signal between two updates."""
 
 
-def test_a_killed_fine_tuning_ends_as_a_whole_one(tiny_stages: Path, tmp_path: Path) -> None:
-    """Supervised and DPO: killed after the first checkpoint, the weights are those of the uninterrupted training."""
+@pytest.mark.parametrize("part", ["sl", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_a_killed_fine_tuning_ends_as_a_whole_one(tiny_stages: Path, tmp_path: Path, part: str) -> None:
+    """Killed after the first checkpoint, the weights are those of the uninterrupted training."""
     cfg = ConstitutionConfig(**{**SETTINGS, "batch_size": 2})
     train = TrainConfig(save_every=2)
     asked = [{"role": "user", "content": "Why?"}]
     rows = [{"prompt": asked, "chosen": f"Because {i}.", "rejected": f"No {i}!"} for i in range(4)]
     start = tiny_stages / "start" / "model"
 
-    def tune(out: Path, stop_at: int) -> None:
+    def tune(out: Path, stop_at: int) -> bytes:
         def progress(done: int, total: int) -> None:
             if done == stop_at:
                 raise KilledError
 
-        fine_tune(cfg, train, STANDARD, 0.5, rows, start, out / "sl", 0, 3e8, merge=False, progress=progress)
+        if part == "sl":
+            fine_tune(cfg, train, STANDARD, 0.5, rows, start, out, 0, 3e8, merge=False, progress=progress)
+        else:
+            prefer_revisions(cfg, train, rows, start, out, 0, 7e8, progress)
+        return (out / "adapter" / "adapter_model.safetensors").read_bytes()
 
-    def prefer(out: Path, stop_at: int) -> None:
-        def progress(done: int, total: int) -> None:
-            if done == stop_at:
-                raise KilledError
-
-        prefer_revisions(cfg, train, rows, start, out / "dpo", 0, 7e8, progress)
-
-    for part, work in (("sl", tune), ("dpo", prefer)):
-        work(tmp_path / "whole", 0)
-        with pytest.raises(KilledError):
-            work(tmp_path / "killed", 3)
-        assert [p.name for p in (tmp_path / "killed" / part / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
-        work(tmp_path / "killed", 0)
-        file = Path(part) / "adapter" / "adapter_model.safetensors"
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+    whole = tune(tmp_path / "whole", 0)
+    with pytest.raises(KilledError):
+        tune(tmp_path / "killed", 3)
+    assert [p.name for p in (tmp_path / "killed" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert tune(tmp_path / "killed", 0) == whole
 
 
 def revise(start: Path, out: Path, allowed: float, before: Callable[[], None] = lambda: None) -> int:
@@ -262,7 +256,7 @@ def revise(start: Path, out: Path, allowed: float, before: Callable[[], None] = 
 
     def work() -> None:
         before()
-        cfg = ConstitutionConfig(rounds=2, **{**SETTINGS, "demonstrations": 0})
+        cfg = ConstitutionConfig(rounds=2, **SETTINGS)
         train = TrainConfig(max_new_tokens=4)
         constitution = load_constitution(CONSTITUTION)
 
@@ -292,7 +286,7 @@ def kill_at_chunk(n: int) -> Callable[[], None]:
 
 
 def test_a_kill_in_the_revisions_leaves_the_same_parquet(tiny_stages: Path, tmp_path: Path) -> None:
-    start, allowed = tiny_stages / "start" / "model", 6e9
+    start, allowed = tiny_stages / "start" / "model", 9e9
     assert finish(revise(start, tmp_path / "whole", allowed)) is None
     assert finish(revise(start, tmp_path / "killed", allowed, kill_at_chunk(2))) == signal.SIGKILL
     assert len(load_chunks(tmp_path / "killed" / "revisions.jsonl")) == 2
@@ -304,7 +298,7 @@ def test_a_kill_in_the_revisions_leaves_the_same_parquet(tiny_stages: Path, tmp_
     ledgers = [json.loads((tmp_path / name / "ledger.json").read_text()) for name in ("whole", "killed")]
     assert ledgers[0] == ledgers[1]
 
-    assert len(whole) > 3 * 16 * 2
+    assert len(whole) >= 3 * 16 * 2
     assert whole["why"].iloc[0] in ("evaluation", "unchanged", "empty")  # its text "occurs" in the evaluation
     assert (whole["kept"] == (whole["why"] == "")).all()
     second = whole[whole["round"] == 1].set_index("position")
