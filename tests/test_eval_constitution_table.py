@@ -104,28 +104,29 @@ def test_costs_of_the_parts_over_seeds() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The generated run of test_eval_results with an arm fine-tuned on revisions and one told its principles."""
-    folder = write_run(tmp_path_factory.mktemp("runs") / "synthetic", benchmarks=2)
+    folder = write_run(tmp_path_factory.mktemp("runs") / "synthetic", seeds=(0, 1), benchmarks=2)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for arm, method, dose in (("c-sl", "constitution-sl", 0.25), ("c-told", "constitution-prompt", 0.0)):
         config["arms"][arm] = {"method": method, "dose": dose}
         shutil.copytree(folder / "arms" / "dose-05", folder / "arms" / arm)
-        path = folder / "arms" / arm / "seed-0" / "eval" / "items.parquet"
-        pd.read_parquet(path).assign(arm=arm).to_parquet(path)
+        for path in (folder / "arms" / arm).glob("seed-*/eval/items.parquet"):
+            pd.read_parquet(path).assign(arm=arm).to_parquet(path)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    shutil.rmtree(folder / "arms" / "c-told" / "seed-0" / "train")
-    seed = folder / "arms" / "c-sl" / "seed-0"
-    (seed / "train" / "rollouts.parquet").unlink()
-    book = json.loads((seed / "train" / "ledger.json").read_text())
-    flops = book["total"]["flops"]
-    book["parts"] = {name: {**book["total"], "flops": share * flops} for name, share in PARTS.items()}
-    (seed / "train" / "ledger.json").write_text(json.dumps(book))
-    (seed / "revisions").mkdir()
+    for train in (folder / "arms" / "c-told").glob("seed-*/train"):
+        shutil.rmtree(train)
     dropped = {"empty": 0, "preamble": 2}
-    (seed / "revisions" / "ledger.json").write_text(json.dumps({"revisions": 5, "dropped": dropped}))
     revision = {"principle": "no-sermon", "answer": "<b>first</b>", "critique": "Bold.", "revision": "</dl>plain"}
     about = {"round": 0, "kept": False, "why": "preamble", **revision}
-    rows = [{"position": k, "prompt": f"Question {k}?", **about} for k in range(5)]
-    pd.DataFrame(rows).to_parquet(seed / "revisions" / "revisions.parquet")
+    for seed in (folder / "arms" / "c-sl").glob("seed-*"):
+        (seed / "train" / "rollouts.parquet").unlink()
+        book = json.loads((seed / "train" / "ledger.json").read_text())
+        flops = book["total"]["flops"]
+        book["parts"] = {name: {**book["total"], "flops": share * flops} for name, share in PARTS.items()}
+        (seed / "train" / "ledger.json").write_text(json.dumps(book))
+        (seed / "revisions").mkdir()
+        (seed / "revisions" / "ledger.json").write_text(json.dumps({"revisions": 5, "dropped": dropped}))
+        rows = [{"position": k, "prompt": f"Question {k}?", **about} for k in range(5)]
+        pd.DataFrame(rows).to_parquet(seed / "revisions" / "revisions.parquet")
     write_results(folder)  # checks the schema
     write_report(folder)
     return folder
@@ -139,7 +140,7 @@ def test_results_and_report_show_the_arms(run: Path) -> None:
     }
     same = [row for row in table["rows"] if row["trait_arm"] == "dose-05"]
     assert {row["delta"] for row in same} == {0.0}  # the arms were copied from it
-    assert table["filter"] == {"c-sl": {"revisions": 5, "empty": 0, "preamble": 2}}
+    assert table["filter"] == {"c-sl": {"revisions": 10, "empty": 0, "preamble": 4}}
     assert not results["ledger"]["c-told"]["off_budget"]
     assert {row["arm"] for row in results["rewards"]} == {"control", "dose-05", "dose-25"}
     claims = {claim["arm"]: claim["text"] for claim in results["claims"] if claim["id"] == "budget"}
@@ -147,7 +148,7 @@ def test_results_and_report_show_the_arms(run: Path) -> None:
     assert len({cell["column"] for cell in results["transfer"]}) == 4  # arms of equal doses stay apart
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "dose-25 minus c-sl" in page
-    assert "5 revisions, of which the filter dropped 2 (preamble)" in page
+    assert "10 revisions, of which the filter dropped 4 (preamble)" in page
     assert "&lt;b&gt;first&lt;/b&gt;" in page
     assert page.count("dropped: preamble") == 5
 
