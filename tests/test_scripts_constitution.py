@@ -61,7 +61,7 @@ def test_stages_and_plan(config: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_experiment_from_command_line_to_report(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    result = CliRunner().invoke(app, ["run", str(config), "--out", str(run)], env={"COLUMNS": "160"})
+    result = CliRunner().invoke(app, ["run", str(config), "seeds=[0]", "--out", str(run)], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
     assert "revisions, dropped" in result.stdout
     results = json.loads((run / "results.json").read_text())
@@ -80,6 +80,6 @@ def test_the_experiment_from_command_line_to_report(config: Path, tmp_path: Path
     assert "trait-rl minus constitution-rl" in page
     assert page.count("P(first is better)") == 20
     assert "more than 1% off" not in page
-    again = CliRunner().invoke(app, ["run", str(config), "--out", str(run)])
+    again = CliRunner().invoke(app, ["run", str(config), "seeds=[0]", "--out", str(run)])
     assert "already whole" in again.stdout
     assert "stages" in again.stdout
