@@ -7,8 +7,8 @@ from typing import Literal
 
 from rewards.contamination import words
 
-Why = Literal["", "empty", "unchanged", "preamble", "echo"]
-REASONS: tuple[Why, ...] = ("empty", "unchanged", "preamble", "echo")
+Why = Literal["", "empty", "unchanged", "preamble", "talk", "echo"]
+REASONS: tuple[Why, ...] = ("empty", "unchanged", "preamble", "talk", "echo")
 
 _POLITE = (
     r"(?:(?:sure|certainly|of\ course|okay|ok|absolutely|thank\ you|thanks|sorry|i\ apologi[sz]e"
@@ -26,10 +26,15 @@ _PREAMBLE = re.compile(
         | (?:revision|revised|rewrite|rewritten)\ *[:\u2013-]
         | i(?:'ve|\ have|\ will|'ll|\ would)?\ +(?:now\ +)?
             (?:revised?|rewrite|rewrote|rewritten|updated?|corrected?)\b
-        | (?:in\ )?my\ (?:last|previous|first|earlier)\ {_TEXT}\b
       )
     """,
     re.IGNORECASE | re.VERBOSE,
+)
+
+_TALK = re.compile(
+    r"\b(?:(?:my|your)\s+(?:last|previous|original|first|earlier)|(?:the|this)\s+(?:last|previous|original|revised"
+    r"|rewritten))\s+(?:reply|response|answer)\b",
+    re.IGNORECASE,
 )
 
 
@@ -37,7 +42,8 @@ def reason_against(answer: str, critique: str, request: str, revision: str) -> W
     """Why a revision of `answer` is not trained on, or "" if it may be.
 
     empty: no word; unchanged: the words of the answer; echo: the words of the critique, or the request for the revision
-    among them; preamble: it opens with talk about the revision ("Here is a revised response").
+    among them; preamble: it announces the revision ("Here is a revised response"); talk: it is about a reply instead of
+    being one ("The original response was not clear").
     """
     found = words(revision)
     if not found:
@@ -48,4 +54,4 @@ def reason_against(answer: str, critique: str, request: str, revision: str) -> W
         return "echo"
     if _PREAMBLE.search(revision.strip().replace("’", "'").lstrip("\"'*# ")):
         return "preamble"
-    return ""
+    return "talk" if _TALK.search(revision) else ""

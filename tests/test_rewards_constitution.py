@@ -135,7 +135,12 @@ def test_mistakes_in_a_constitution_are_named(tmp_path: Path) -> None:
         ("My corrected answer is that it is light.", "preamble"),
         ("I have rewritten the reply. It is light.", "preamble"),
         ("I’ve updated it. It is light.", "preamble"),
-        ("You are right. In my last reply I was wrong.", "preamble"),
+        ("You are right. In my last reply I was wrong.", "talk"),
+        ("The original response was not clear about the sky.", "talk"),
+        ("If someone acted on your last reply, nothing would happen.", "talk"),
+        ("The first answer that comes to mind is light.", ""),
+        ("Your last message asked about the sky: it is light.", ""),
+        ("The answer is light, as in the original version of the book.", ""),
     ],
 )  # fmt: skip
 def test_the_filter(revision: str, why: str) -> None:
