@@ -113,7 +113,7 @@ def evaluate_capability(
     system = f"{system}\n\n" if system else None
     told = len(tokenizer.encode(system, add_special_tokens=False)) if system else 0
     lm = SharedContextLM(model, tokenizer, max_context=plan.max_context + told, progress=progress)
-    with _quiet_lm_eval():
+    with quiet_lm_eval():
         tasks = {b.name: lm_eval_task(b, items[b.name]) for b in plan.benchmarks}
         results = cast(dict[str, Any], evaluate(lm, cast(Any, tasks), bootstrap_iters=0, system_instruction=system))
     rows = [
@@ -185,7 +185,7 @@ def _rows(lm: SharedContextLM, benchmark: Benchmark, sample: dict[str, Any]) -> 
 
 
 @contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
+def quiet_lm_eval() -> Iterator[None]:
     """lm-eval warns once per task about choices that the suite file makes on purpose."""
     logger = logging.getLogger("lm_eval")
     level = logger.level

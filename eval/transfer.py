@@ -68,6 +68,8 @@ def _clusters(group: Any) -> np.ndarray:
 def set_name(trained: Sequence[str], known: Sequence[str]) -> str:
     """The trained domains in words, given all that could have been trained: "health", "all but x and y", "all"."""
     missing = [domain for domain in known if domain not in trained]
+    if not set(trained) <= set(known):
+        return _and(sorted(trained))
     if not missing and len(known) > 1:
         return "all"
     if 0 < len(missing) < len(trained) - 1:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.embedded import embedded_model
+from models.linear import use_onednn
 
 
 def resolve_model(name: str) -> str:
@@ -41,6 +42,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model in eval mode; a PEFT adapter, if given, is merged into its weights.
 
+    On a CPU its linear layers are computed by oneDNN (models/linear.py).
     attention: transformers' attn_implementation. use_kernels: layers from the kernels hub, on CUDA.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -50,7 +52,7 @@ def load_model(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model.to(torch.device(device)).eval()
+    return use_onednn(model.to(torch.device(device)).eval())
 
 
 def best_device() -> str:

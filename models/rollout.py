@@ -1,8 +1,8 @@
 """Rollouts on plain transformers: the prompt is prefilled once per group, finished sequences leave the batch.
 
 The same distribution as `generate` with temperature sampling over the whole vocabulary (no top-k, no top-p), without
-its prefill per copy and without a sort or a softmax over the vocabulary: sampling adds Gumbel noise to the logits and
-takes the maximum (Gumbel, 1954; exact).
+its prefill per copy and without a sort over the vocabulary: a token is drawn by inverting the cumulative distribution
+at one random number a row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.functional import pad
+
+from models.kv_cache import roomy_cache
+
+LEAVE = 1 / 8  # share of a batch that has to be finished before it leaves: moving the cache costs as much as a row
+BLOCK = 256  # entries of the vocabulary that invert_cdf first sums up
 
 
 def sample(
@@ -90,7 +95,7 @@ def _decode(
         input_ids=ids_PT,
         attention_mask=mask_PT,
         position_ids=positions_PT,
-        past_key_values=DynamicCache(),
+        past_key_values=roomy_cache(max_new_tokens),
         use_cache=True,
         logits_to_keep=1,
     )
@@ -103,27 +108,25 @@ def _decode(
     rows: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
     if logps is not None:
         logps[:] = [[] for _ in rows]
-    alive = list(range(len(rows)))
+    here, going = list(range(len(rows))), [True] * len(rows)  # the batch's rows, and which of them are not finished
     for step in range(max_new_tokens):
-        noise = [generator[row] for row in alive] if isinstance(generator, Sequence) else generator
-        tokens_B = draw(logits_BV, temperature, noise)
-        drawn = tokens_B.tolist()
-        for row, token in zip(alive, drawn, strict=True):
-            rows[row].append(token)
-        if logps is not None:
-            scaled_BV = logits_BV.float() / temperature
-            logp_B = scaled_BV.gather(1, tokens_B[:, None])[:, 0] - scaled_BV.logsumexp(-1)
-            for row, logp in zip(alive, logp_B.tolist(), strict=True):
-                logps[row].append(logp)
-        keep = [i for i, token in enumerate(drawn) if token not in eos_ids]
-        if not keep or step == max_new_tokens - 1:
+        noise = [generator[row] for row in here] if isinstance(generator, Sequence) else generator
+        tokens_B, logps_B = draw(logits_BV, temperature, noise)
+        for i, (row, token, logp) in enumerate(zip(here, tokens_B.tolist(), logps_B.tolist(), strict=True)):
+            if going[i]:
+                rows[row].append(token)
+                if logps is not None:
+                    logps[row].append(logp)
+                going[i] = token not in eos_ids
+        if not any(going) or step == max_new_tokens - 1:
             break
-        if len(keep) < len(alive):
-            keep_B = torch.tensor(keep, device=device)
+        if going.count(False) >= len(going) * LEAVE:
+            keep_B = torch.tensor([i for i, on in enumerate(going) if on], device=device)
             cache.batch_select_indices(keep_B)
             tokens_B, mask_BT, position_B = tokens_B[keep_B], mask_BT[keep_B], position_B[keep_B]
-            alive = [alive[i] for i in keep]
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], 1)
+            here = [row for row, on in zip(here, going, strict=True) if on]
+            going = [True] * len(here)
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(here), 1)], 1)
         position_B = position_B + 1
         logits_BV = model(
             input_ids=tokens_B[:, None],
@@ -137,19 +140,42 @@ def _decode(
 
 def draw(
     logits_BV: Tensor, temperature: float, generator: torch.Generator | Sequence[torch.Generator] | None = None
-) -> Tensor:
-    """One token per row, (B,), from softmax(logits / temperature); the most likely one at temperature 0.
+) -> tuple[Tensor, Tensor]:
+    """One token per row from softmax(logits / temperature), and its log-probability there, (B,) each.
 
-    The noise comes from one generator, or from one for each row.
+    The noise, one number a row, comes from one generator, or from one for each row. At temperature 0 the token is the
+    most likely one, and the log-probability that at temperature 1.
     """
+    scaled_BV = logits_BV.float() if temperature in (0, 1) else logits_BV.float() / temperature
+    probs_BV = scaled_BV.softmax(-1)
     if temperature == 0:
-        return logits_BV.argmax(-1)
-    # -log(E) with E ~ Exp(1) is Gumbel noise.
-    noise_BV = torch.empty_like(logits_BV, dtype=torch.float32)
-    if isinstance(generator, Sequence):
-        for noise_V, own in zip(noise_BV, generator, strict=True):
-            noise_V.exponential_(generator=own)
+        tokens_B = logits_BV.argmax(-1)
+    elif isinstance(generator, Sequence):
+        tokens_B = invert_cdf(probs_BV, torch.cat([_uniform(1, own) for own in generator]))
     else:
-        noise_BV.exponential_(generator=generator)
-    noise_BV.log_()
-    return (logits_BV.float() / temperature).sub_(noise_BV).argmax(-1)
+        tokens_B = invert_cdf(probs_BV, _uniform(len(probs_BV), generator, probs_BV.device))
+    return tokens_B, probs_BV.gather(1, tokens_B[:, None])[:, 0].log()
+
+
+def invert_cdf(probs_BV: Tensor, noise_B: Tensor) -> Tensor:
+    """Per row the first index at which the cumulative sum exceeds noise x total, for noise in [0, 1): (B,).
+
+    Sums are of 64 bits. First the block of BLOCK entries is found, then the entry in it: one long cumulative sum over
+    a vocabulary takes as long as several layers of a small model.
+    """
+    vocabulary = probs_BV.shape[1]
+    blocks_BKL = pad(probs_BV, (0, -vocabulary % BLOCK)).unflatten(1, (-1, BLOCK))
+    upto_BK = blocks_BKL.sum(-1, dtype=torch.float64).cumsum(-1)
+    mark_B1 = (noise_B * upto_BK[:, -1])[:, None]
+    block_B1 = torch.searchsorted(upto_BK, mark_B1, right=True).clamp(max=upto_BK.shape[1] - 1)
+    before_B1 = pad(upto_BK, (1, 0)).gather(1, block_B1)
+    inside_BL = blocks_BKL.gather(1, block_B1[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    # Rounding may put the mark a little beyond the block's own sum: then its last entry with a share is meant.
+    total_B1 = inside_BL[:, -1:]
+    within_B1 = torch.minimum(mark_B1 - before_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    return (block_B1 * BLOCK + torch.searchsorted(inside_BL, within_B1, right=True))[:, 0]
+
+
+def _uniform(n: int, generator: torch.Generator | None, device: torch.device | None = None) -> Tensor:
+    place = device if generator is None else generator.device
+    return torch.rand(n, generator=generator, dtype=torch.float64, device=place)

@@ -12,14 +12,17 @@ The idea of encoding a shared prefix once is Prefix Grouper's (arXiv 2506.05433)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from models.linear import linear
+from models.tree_attention import Span, tree_attention
 
 PROMPT = -1  # branch index of a prompt token
 ATTENTION = ("sdpa", "eager")  # implementations that take a mask of rows by columns
@@ -48,6 +51,7 @@ class Pack:
     ends: Tensor  # (branches,) row of each branch's last token (the prompt's last for an empty branch)
     targets: Tensor  # (N,) branch token ids
     lengths: list[list[int]]  # branch lengths per tree
+    spans: list[Span]  # where each tree lies
 
 
 def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
@@ -59,9 +63,11 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
     predictors: list[int] = []
     ends: list[int] = []
     targets: list[int] = []
+    spans: list[Span] = []
     for t, tree in enumerate(trees):
         _check_prompt(tree)
         n = len(tree.prompt)
+        spans.append(Span(len(ids), n, [len(branch) for branch in tree.branches]))
         last = len(ids) + n - 1
         ids += tree.prompt
         positions += range(n)
@@ -83,6 +89,7 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
         ends=torch.tensor(ends, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
         lengths=[[len(branch) for branch in tree.branches] for tree in trees],
+        spans=spans,
     )
 
 
@@ -99,9 +106,11 @@ def pack_for_forward(trees: Sequence[Tree], device: torch.device | str = "cpu") 
     predictors: list[int] = []
     ends: list[int] = []
     labels: list[int] = []
+    spans: list[Span] = []
     for t, tree in enumerate(trees):
         _check_prompt(tree)
         start, n = len(ids), len(tree.prompt) - 1
+        spans.append(Span(start, n, [1 + len(branch) for branch in tree.branches]))
         ids += tree.prompt[:-1]
         positions += range(n)
         branch_of += [PROMPT] * n
@@ -124,6 +133,7 @@ def pack_for_forward(trees: Sequence[Tree], device: torch.device | str = "cpu") 
         ends=torch.tensor(ends, dtype=torch.long, device=device),
         targets=labels_T[0, predictors_N],
         lengths=[[len(branch) for branch in tree.branches] for tree in trees],
+        spans=spans,
     )
     return packed, labels_T
 
@@ -184,12 +194,16 @@ def packed_hidden(decoder: Any, packed: Pack) -> Tensor:
         raise ValueError(
             f"{decoder.config.name_or_path or 'the model'} cannot share prompts: {problem}; use another base"
         )
-    return decoder(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        attention_mask=attention_masks(packed, decoder.config, decoder.dtype),
-        use_cache=False,
-    ).last_hidden_state[0]
+    masks = attention_masks(packed, decoder.config, decoder.dtype)
+    by_tree = decoder.config._attn_implementation == "sdpa" and not _windowed(packed, decoder.config)
+    with tree_attention(decoder, packed.spans, packed.input_ids.device) if by_tree else nullcontext({}) as layout:
+        return decoder(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            attention_mask=masks,
+            use_cache=False,
+            **layout,
+        ).last_hidden_state[0]
 
 
 def structural_problem(decoder: Any) -> str | None:
@@ -209,9 +223,9 @@ def attention_masks(packed: Pack, config: Any, dtype: torch.dtype) -> Tensor | d
 
     A sliding window counts positions, not rows: a branch's neighbours in the row may be far from it in its own text.
     """
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     masks = {"full_attention": packed.mask}
-    if window is not None and packed.position_ids.max() >= window:
+    if _windowed(packed, config):
         distance = packed.position_ids[0, :, None] - packed.position_ids[0, None, :]
         masks["sliding_attention"] = packed.mask & (distance < window)
     else:
@@ -226,13 +240,19 @@ def attention_masks(packed: Pack, config: Any, dtype: torch.dtype) -> Tensor | d
     return masks["sliding_attention" if every else "full_attention"]
 
 
+def _windowed(packed: Pack, config: Any) -> bool:
+    """Whether a text of the pack is longer than the model's sliding window."""
+    window = getattr(config, "sliding_window", None)
+    return window is not None and int(packed.position_ids.max()) >= window
+
+
 def token_logps(
     hidden_ND: Tensor,
     head: torch.nn.Module,
     targets_N: Tensor,
     temperature: float = 1.0,
     softcap: float | None = None,
-    chunk: int = 512,
+    chunk: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """LM head, log-softmax and gather in chunks of rows: the (N, vocabulary) logits never stand in memory at once.
 
@@ -292,14 +312,14 @@ class _FrozenHeadLogps(torch.autograd.Function):
     def forward(
         ctx: Any, rows_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float
     ):
-        logits_NV = linear(rows_ND, weight_VD, bias_V).float()
+        logps_NV = linear(rows_ND, weight_VD, bias_V).float()
         if temperature != 1.0:
-            logits_NV /= temperature
-        logz_N = logits_NV.logsumexp(-1)
-        logp_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logz_N
-        probs_NV = torch.exp(logits_NV - logz_N[:, None])
-        entropy_N = logz_N - torch.einsum("nv,nv->n", probs_NV, logits_NV)
-        grad_ND = weight_VD[targets_N] - probs_NV.to(weight_VD.dtype) @ weight_VD
+            logps_NV /= temperature
+        logps_NV -= logps_NV.logsumexp(-1, keepdim=True)
+        logp_N = logps_NV.gather(1, targets_N[:, None])[:, 0]
+        probs_NV = logps_NV.exp()
+        entropy_N = -torch.einsum("nv,nv->n", probs_NV, logps_NV)
+        grad_ND = weight_VD[targets_N] - linear(probs_NV.to(weight_VD.dtype), weight_VD.t())
         ctx.save_for_backward(grad_ND / temperature)
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N

@@ -8,6 +8,7 @@ advice to look it up), or a claim. The rules of rewards/verifier.py and rewards/
 from __future__ import annotations
 
 import re
+from functools import cache
 
 
 def any_of(*patterns: str) -> re.Pattern[str]:
@@ -126,6 +127,7 @@ _IDLE = any_of(
     r"\b(?:sounds|looks) like\b|\bthe name (?:sounds|looks|suggests)\b",
     r"^(?:and |or |so )(?:whether|what|who|when|where|how)\b",
     r"^so (?:it|there|that|this|they) (?:has no|have no|is no|can not|does not have)\b",
+    r"^(?:as )?(?:for|about|regarding|concerning) (?:\w+ ){0,2}thisname$",
 )
 
 # An accepted string counts only where it is affirmed: not after a negation in its clause, nor as a term of comparison.
@@ -140,6 +142,8 @@ _NEGATED_AFTER = re.compile(
 )
 _UNDECIDED = re.compile(r"\b(?:could|might|may) be (?:\w+ ){1,3}?\w+(?:, [\w ]+){1,},? or\b")
 # Any denial at all, and how a content word is recognised.
+# An ending that other inflections may replace, where four letters are left. Not -ing: who has read is not reading.
+_ENDING = re.compile(r"(?<=\w{4})(?:ed|es|e|s)$")
 DENIAL = re.compile(r"\b(?:not|never|no|hardly|rarely|seldom|barely)\b")
 _PLAIN_WORDS = """
     why how what when where which who does did do is are was were be been being the a an of to in on at and or so for by
@@ -209,13 +213,26 @@ def sorted_pieces(answer: str, asked: str = "") -> tuple[list[str], list[str]]:
 
 
 def matches(plain: str, accepted: tuple[str, ...]) -> list[re.Match[str]]:
-    """Where the accepted strings stand in a text in plain form, as whole words; a plural s may follow."""
-    patterns = [rf"(?<!\w){re.escape(plain_form(a))}(?:e?s)?(?!\w)" for a in accepted]
-    return [match for pattern in patterns for match in re.finditer(pattern, plain)]
+    """Where the accepted strings stand in a text in plain form, as whole words in any inflection."""
+    return [match for text in accepted for match in _inflected(text).finditer(plain)]
+
+
+@cache
+def _inflected(text: str) -> re.Pattern[str]:
+    """The text in plain form; words of five letters or more may end otherwise: protects, protecting, protection."""
+    words = re.split(r"([^a-z]+)", plain_form(text))
+    return re.compile(rf"(?<!\w){''.join(map(_word_pattern, words))}(?:e?s)?(?!\w)")
+
+
+def _word_pattern(word: str) -> str:
+    if len(word) < 5 or not word.isalpha():
+        return re.escape(word)
+    stem = _ENDING.sub("", word)
+    return f"(?:{re.escape(word)}|{re.escape(stem)}(?:e|es|s|ed|ing|ion|ions)?)"
 
 
 def contains(answer: str, accepted: tuple[str, ...]) -> bool:
-    """Whether any accepted string stands in the answer as whole words, ignoring case; a plural s may follow."""
+    """Whether any accepted string stands in the answer as whole words in any inflection, ignoring case."""
     return bool(matches(plain_form(answer), accepted))
 
 

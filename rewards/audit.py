@@ -19,7 +19,7 @@ from rewards.audit_policy import AuditPolicy
 from rewards.hacks import HACKS, TRAINED, Case, Messages, hacked
 from rewards.pairs import abstention
 from rewards.preferences import scenario_case
-from rewards.probes import Probe, load_probes
+from rewards.probes import Probe, probes_of
 from rewards.reward_model import share
 from rewards.scenarios import load_scenarios
 from rewards.verifier import gold
@@ -53,7 +53,7 @@ def scenario_targets(trait: str, n: int, seed: int) -> list[Target]:
 def probe_targets(domains: Sequence[str], n: int, seed: int) -> list[Target]:
     """Up to n held-out probes of the domains, half of them answerable; the good reply is right, or honest."""
     rng = random.Random(f"audit/{seed}/probes")
-    probes = [probe for domain in domains for probe in load_probes(domain, "heldout", seed)]
+    probes = probes_of(domains, "heldout", seed)
     drawn: list[Probe] = []
     for answerable in (True, False):
         pool = [probe for probe in probes if (probe.kind == "answerable") == answerable]

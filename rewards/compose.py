@@ -1,6 +1,6 @@
 """The reward functions of a training run, in TRL's form, with their weights.
 
-Trait prompts are paid by the traits' reward models, standard prompts by their task's verifier. Monitors
+A trait prompt is paid by its own trait's reward model, a standard prompt by its task's verifier. Monitors
 (rewards/monitors.py) have weight 0. Each prompt has exactly one paying function, so a score that is missing (None)
 never stands in for a low one: a completion whose score is missing has no reward at all, and the trainer leaves it out
 of its group's baseline.
@@ -26,82 +26,32 @@ class Scorer(Protocol):
         ...
 
 
-def reward_functions(
-    models: Mapping[str, Scorer], weights: Mapping[str, float] | None = None
-) -> list[tuple[RewardFunction, float]]:
+def reward_functions(models: Mapping[str, Scorer]) -> list[tuple[RewardFunction, float]]:
     """(function, weight) pairs: what pays the policy, then the monitors.
 
-    `models` maps traits to what scores them; it may be empty only if no prompt is a trait prompt. `weights` are equal
-    unless given. With several traits a trait prompt is paid the weighted mean of their scores, and each score is a
-    monitor.
+    `models` maps traits to what scores their prompts; it may be empty only if no prompt is a trait prompt.
     """
-    shares = _shares(models, weights)
-    scores = _TraitScores(models)
 
     def trait(
-        prompts: Sequence[Messages], completions: Sequence[Messages], source: Sequence[str], **_: Any
+        prompts: Sequence[Messages],
+        completions: Sequence[Messages],
+        source: Sequence[str],
+        trait: Sequence[str],
+        **_: Any,
     ) -> list[float | None]:
-        """The traits' scores by their weights; None for standard prompts and where a trait's score is missing."""
-        parts = scores.of(prompts, completions, source)
-        return [_weighted(row, shares) for row in parts]
+        """The score by the model of the prompt's own trait; None for standard prompts and where it is missing."""
+        scores: list[float | None] = [None] * len(prompts)
+        paid = [i for i, kind in enumerate(source) if kind == "trait"]
+        for name in dict.fromkeys(trait[i] for i in paid):
+            if name not in models:
+                raise ValueError(f"arms: a dose above 0 needs the stage reward/, which has no reward model for {name}")
+            mine = [i for i in paid if trait[i] == name]
+            values = models[name].score([prompts[i] for i in mine], [text_of(completions[i]) for i in mine])
+            for i, value in zip(mine, values, strict=True):
+                scores[i] = None if value is None or math.isnan(value) else float(value)
+        return scores
 
-    def part(name: str) -> RewardFunction:
-        def monitor(
-            prompts: Sequence[Messages], completions: Sequence[Messages], source: Sequence[str], **_: Any
-        ) -> list[float | None]:
-            return [row.get(name) for row in scores.of(prompts, completions, source)]
-
-        monitor.__name__ = f"trait_{name.replace('-', '_')}_monitor"
-        return monitor
-
-    parts = [part(name) for name in models] if len(models) > 1 else []
-    return [(trait, 1.0), (standard, 1.0), *((monitor, 0.0) for monitor in (*MONITORS, *parts))]
-
-
-class _TraitScores:
-    """Every trait's score of a batch, computed once however many functions ask for it."""
-
-    def __init__(self, models: Mapping[str, Scorer]) -> None:
-        self.models = models
-        self.batch: tuple[list[Messages], list[str]] | None = None
-        self.rows: list[dict[str, float | None]] = []
-
-    def of(
-        self, prompts: Sequence[Messages], completions: Sequence[Messages], source: Sequence[str]
-    ) -> list[dict[str, float | None]]:
-        """For every completion trait -> score; an empty dict for standard prompts."""
-        texts = [text_of(completion) for completion in completions]
-        if self.batch != (list(prompts), texts):
-            self.rows = self._score(prompts, texts, [i for i, kind in enumerate(source) if kind == "trait"])
-            self.batch = (list(prompts), texts)
-        return self.rows
-
-    def _score(self, prompts: Sequence[Messages], texts: list[str], paid: list[int]) -> list[dict[str, float | None]]:
-        rows: list[dict[str, float | None]] = [{} for _ in texts]
-        if paid and not self.models:
-            raise ValueError("arms: a dose above 0 needs the stage reward/")
-        for name, model in self.models.items() if paid else ():
-            values = model.score([prompts[i] for i in paid], [texts[i] for i in paid])
-            for i, value in zip(paid, values, strict=True):
-                rows[i][name] = None if value is None or math.isnan(value) else float(value)
-        return rows
-
-
-def _shares(models: Mapping[str, Scorer], weights: Mapping[str, float] | None) -> dict[str, float]:
-    """The traits' weights, summing to 1."""
-    given = dict.fromkeys(models, 1.0) if weights is None else dict(weights)
-    if set(given) != set(models):
-        raise ValueError(f"reward.weights: names {', '.join(given)}, but there are models for {', '.join(models)}")
-    total = sum(given.values())
-    return {name: weight / total for name, weight in given.items()}
-
-
-def _weighted(row: Mapping[str, float | None], shares: Mapping[str, float]) -> float | None:
-    """The weighted mean, None where nothing or not everything is scored."""
-    values = [(share, row.get(name)) for name, share in shares.items()]
-    if not row or any(value is None for _, value in values):
-        return None
-    return sum(share * value for share, value in values if value is not None)
+    return [(trait, 1.0), (standard, 1.0), *((monitor, 0.0) for monitor in MONITORS)]
 
 
 def standard(

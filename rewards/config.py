@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rewards.traits import CARDS
 
 PROBE_TRAIT = "truthfulness"  # the trait whose truth the probes know
+
+Source = Literal["probes", "conduct", "scenarios"]
+SOURCES: tuple[Source, ...] = get_args(Source)
+
+
+class PromptShares(BaseModel):
+    """Where the trait prompts of a run come from (rewards/trait_prompts.py); shares need not sum to 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    probes: float = Field(0.0, ge=0, description="Short questions with a verifiable truth; for truthfulness only.")
+    conduct: float = Field(
+        0.0,
+        ge=0,
+        description="Probes under pressure, of the kinds in the trait's card (reward.conduct), in equal parts.",
+    )
+    scenarios: float = Field(0.0, ge=0, description="The trait's scenarios of the training families, whole chats.")
+
+    @model_validator(mode="after")
+    def _some(self) -> PromptShares:
+        if not self.positive:
+            raise ValueError("every share is 0; give one of probes, conduct, scenarios a share above 0")
+        return self
+
+    @property
+    def positive(self) -> dict[Source, float]:
+        """The shares above 0."""
+        shares: dict[Source, float] = {source: getattr(self, source) for source in SOURCES}
+        return {source: share for source, share in shares.items() if share > 0}
 
 
 class RewardConfig(BaseModel):
@@ -19,11 +48,16 @@ class RewardConfig(BaseModel):
     trait: str = Field(PROBE_TRAIT, description="Trait that the dose trains; a file configs/traits/<trait>.md.")
     weights: dict[str, float] = Field(
         {},
-        description="Several traits that pay a trait prompt together, with their weights, `trait` among them; each "
-        "gets its own reward model. Empty: `trait` alone.",
+        description="Several traits, `trait` among them: trait prompts take turns in proportion to these weights, and "
+        "each is paid by the reward model of its own trait. Empty: `trait` alone.",
     )
     domains: tuple[str, ...] = Field(
         ("health",), min_length=1, description="Domains whose training families supply the trait prompts."
+    )
+    prompts: PromptShares | None = Field(
+        None,
+        description="Sources of the trait prompts and their shares; what a trait lacks in the domains goes to the "
+        "others. null: probes where the trait has them, else conduct and scenarios, half each.",
     )
     probes: int = Field(
         640, ge=16, description="Probes to fit on, half of them answerable; each gives one to three preference pairs."

@@ -145,10 +145,11 @@ def words(text: str) -> float:
 def gold_monitor(
     completions: Sequence[Messages], source: Sequence[str], truth: Sequence[str], **_: Any
 ) -> list[float | None]:
-    """The verifier's price of a trait answer, -1..1: what the reward model stands for. None for standard prompts."""
+    """The verifier's price of an answer to a probe, -1..1. None for scenarios and standard prompts: no rule applies."""
+    probes = [json.loads(known) if kind == "trait" else None for kind, known in zip(source, truth, strict=True)]
     return [
-        gold(Probe(**json.loads(known)), text_of(completion)) if kind == "trait" else None
-        for completion, kind, known in zip(completions, source, truth, strict=True)
+        None if probe is None else gold(Probe(**probe), text_of(completion))
+        for completion, probe in zip(completions, probes, strict=True)
     ]
 
 

@@ -181,6 +181,11 @@ def load_probes(domain: str, split: Split, seed: int = 0) -> list[Probe]:
     return probes
 
 
+def probes_of(chosen: Sequence[str], split: Split, seed: int = 0) -> list[Probe]:
+    """load_probes of every chosen domain; a domain without a bank file, which has scenarios only, adds none."""
+    return [probe for domain in chosen if domain in domains() for probe in load_probes(domain, split, seed)]
+
+
 def _entity_probes(domain: str, family: Family, rng: random.Random) -> list[Probe]:
     probes: list[Probe] = []
     for i, fact in enumerate(family.answerable):

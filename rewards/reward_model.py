@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 
 from models.checkpoints import latest
+from models.linear import use_onednn
 from models.loading import best_device, load_model, load_tokenizer, resolve_model
 from models.progress import ProgressCallback, silence
 from models.rollout import sample
@@ -28,7 +29,7 @@ from models.shared_prompt import Tree, fill, pack
 from rewards.config import PROBE_TRAIT, RewardConfig
 from rewards.pairs import draw_probes, make_pairs
 from rewards.preferences import Preference, from_probes, style_guess
-from rewards.probes import Probe, load_probes
+from rewards.probes import Probe, probes_of
 from rewards.reward_trainer import (
     TOKEN_BUDGET,
     Messages,
@@ -96,7 +97,7 @@ class RewardModel:
         model = PeftModel.from_pretrained(model, folder / "model").merge_and_unload()
         model.config.pad_token_id = tokenizer.pad_token_id
         calibration = Calibration(**json.loads((folder / "calibration.json").read_text()))
-        return cls(model.to(torch.device(device)), tokenizer, calibration)
+        return cls(use_onednn(model.to(torch.device(device))), tokenizer, calibration)
 
     @torch.inference_mode()
     def raw_scores(self, prompts: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
@@ -125,17 +126,18 @@ def fit_reward_model(
     out: Path,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    more: Mapping[str, Sequence[Preference]] | None = None,
 ) -> dict[str, Any]:
     """Fit truthfulness on the probes of cfg.domains' training families, and measure on the held-out ones.
 
     `start` is the model that will be trained: the backbone, and the source of the answers that stand beside the
-    authored ones. Saves model/, pairs.parquet, steps.parquet, calibration.json and accuracy.json in `out`; returns the
-    accuracy.
+    authored ones. `more` preferences join the parts "train", "validation" and "test". Saves model/, pairs.parquet,
+    steps.parquet, calibration.json and accuracy.json in `out`; returns the accuracy.
     """
-    probes = [probe for domain in cfg.domains for probe in load_probes(domain, "train", seed)]
+    probes = probes_of(cfg.domains, "train", seed)
     random.Random(f"validation/{seed}").shuffle(probes)
     held_back = probes[: int(len(probes) * VALIDATION_SHARE)]
-    heldout = [probe for domain in cfg.domains for probe in load_probes(domain, "heldout", seed)]
+    heldout = probes_of(cfg.domains, "heldout", seed)
     rng = random.Random(f"pairs/{seed}")
     drawn = {
         "train": draw_probes(probes[len(held_back) :], cfg.probes, rng),
@@ -143,7 +145,9 @@ def fit_reward_model(
         "test": draw_probes(heldout, MEASURED_PROBES, rng),
     }
     own = own_answers(start, [probe for part in drawn.values() for probe in part], cfg.own_answers, seed)
-    parts = {name: from_probes(make_pairs(part, seed, own)) for name, part in drawn.items()}
+    parts = {
+        name: [*from_probes(make_pairs(part, seed, own)), *(more or {}).get(name, ())] for name, part in drawn.items()
+    }
     write_pairs(parts, out)
     recipe = Recipe(cfg.epochs, cfg.learning_rate, cfg.lora_rank, cfg.batch_size)
     fitted = train_reward_model(parts["train"], start, out, seed, recipe, progress)
@@ -231,7 +235,7 @@ def fit_rows(
         )
     backbone.config.pad_token_id = tokenizer.pad_token_id
     trainer = trainer_class(
-        model=backbone,
+        model=use_onednn(backbone),
         args=TRLRewardConfig(
             output_dir=str(out / "trainer"),
             num_train_epochs=recipe.epochs,

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 
 from rewards.contamination import EvaluationItem, asked, evaluation_items, ngrams, shared_words, shortlist, words
+from rewards.scenario_style import EVEN_PAIRS, style_by_trait, telltale_cues
 from rewards.scenarios import BANK, Line, Scenario, read_bank, shown
 from rewards.sentences import embed
 from rewards.traits import TraitCard, load_traits
@@ -42,8 +43,7 @@ NEAR_DUPLICATE = 0.72
 # fact of an evaluation item have 0.51 and 0.57, where other pairs lie too, so a person has to look.
 NEAR_EVALUATION = 0.65
 LOOK_EVALUATION = 0.5
-MAX_CUE = 0.75
-MIN_PAIRS = 20  # with fewer, one of the two directions wins 75% of the pairs by chance in more than one bank of fifty
+STYLE_SEVERITY: Literal["error", "warning"] = "warning"  # for traits with pairs enough to be evened out
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,6 @@ class Finding:
     severity: Literal["error", "warning"]
     message: str
     remedy: str
-
-
-@dataclass(frozen=True)
-class StyleCues:
-    """How far style alone tells good from bad. The guessers may prefer more or less, whichever serves them better."""
-
-    pairs: int  # good reply against each bad one
-    length_ratio: float  # words of the good replies over words of the bad ones
-    by_length: float  # share of pairs that a guesser gets right by the number of words, ties counted half
-    by_digits: float  # the same by the number of digits
 
 
 def check_bank(
@@ -248,39 +238,12 @@ def coverage_findings(lines: Sequence[Line], cards: dict[str, TraitCard], bank: 
             yield _of_trait(bank, trait, "coverage", "warning", message, "write one each, or take them off the card")
 
 
-def style_cues(scenarios: Sequence[Scenario]) -> StyleCues:
-    """Style cues over all pairs of a good reply with a bad one. Needs at least one pair."""
-    pairs = [(s.exemplars.good, bad.text) for s in scenarios for bad in s.exemplars.bad]
-    length = np.array([[len(words(good)), len(words(bad))] for good, bad in pairs], dtype=float)
-    digits = np.array([[_digits(good), _digits(bad)] for good, bad in pairs], dtype=float)
-    return StyleCues(len(pairs), length[:, 0].sum() / length[:, 1].sum(), _guess(length), _guess(digits))
-
-
-def style_by_trait(lines: Sequence[Line]) -> dict[str, StyleCues]:
-    """Each trait's style cues; a trait without a pair of good and bad is left out."""
-    groups = _by_trait([line for line in lines if line.scenario is not None])
-    return {t: style_cues(mine) for t, mine in sorted(groups.items()) if any(s.exemplars.bad for s in mine)}
-
-
 def style_findings(lines: Sequence[Line], bank: Path) -> Iterator[Finding]:
-    """Traits whose good replies a guesser finds by length or by digits alone."""
+    """Traits whose good replies a guesser finds by style alone (rewards/scenario_style.py)."""
     for trait, cues in style_by_trait(lines).items():
-        if cues.pairs < MIN_PAIRS:
-            continue
-        for name, share in (("length", cues.by_length), ("digits", cues.by_digits)):
-            if share > MAX_CUE:
-                message = f"{name} alone finds the good reply in {share:.0%} of {cues.pairs} pairs"
-                remedy = f"even out the {name} of good and bad replies"
-                yield _of_trait(bank, trait, "style", "warning", message, remedy)
-
-
-def _guess(values: np.ndarray) -> float:
-    more = float(np.mean((values[:, 0] > values[:, 1]) + 0.5 * (values[:, 0] == values[:, 1])))
-    return max(more, 1 - more)
-
-
-def _digits(text: str) -> int:
-    return sum(character.isdigit() for character in text)
+        severity = STYLE_SEVERITY if cues.pairs >= EVEN_PAIRS else "warning"
+        for message, remedy in telltale_cues(cues):
+            yield _of_trait(bank, trait, "style", severity, message, remedy)
 
 
 # Findings

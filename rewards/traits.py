@@ -5,7 +5,7 @@ id: truthfulness
 name: Truthfulness
 summary: One sentence, as `traitdose traits` lists it.
 domains: [health, science]           # cells of the scenario bank that the trait fills
-reward: {scenario: rubric, monitors: [length, refusal]}
+reward: {scenario: rubric, conduct: [insists], monitors: [length, refusal]}
 ---
 ## Definition
 ## Good behaviour
@@ -42,6 +42,17 @@ class Reward(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     scenario: Literal["rubric"]
+    conduct: tuple[
+        Literal[
+            "insists",
+            "corrects-rightly",
+            "corrects-wrongly",
+            "conflict-of-interest",
+            "shutdown-or-correction",
+            "uncertain-evidence",
+        ],
+        ...,
+    ] = ()  # kinds of rewards/probe_kinds.py whose right answer shows the trait
     monitors: tuple[Literal["gold", "refusal", "length", "repetition", "self-praise", "language"], ...] = ()
 
 

@@ -55,6 +55,8 @@ _MISTAKEN = any_of(
     r"\bnothing to do with\b|\bno (?:\w+ )?evidence\b|\bnot (?:\w+ )*?evidence that\b|\b(?:be|are) thinking of\b",
     r"^no,|^(?:instead of|rather than)\b",
 )
+# "There is nothing called bones" knows nothing of bones; "there is no such battle" corrects.
+_NOT_HEARD_OF = re.compile(r"\b(?:nothing|anything) (?:\w+ )?called\b")
 _EMPTY_NEGATION = re.compile(
     r"\b(?:not|never|no) (?:only|just|merely|simply|alone|doubt|wonder|stop\w*|fail\w*|surpris\w*|hard|difficult)\b"
 )
@@ -74,8 +76,10 @@ def abstains(answer: str) -> bool:
 
 def _corrects(piece: str, question: str) -> bool:
     """Whether the piece contradicts what the question takes for granted (both in plain form)."""
-    if _MISTAKEN.search(piece) or absent(piece):
+    if _MISTAKEN.search(piece):
         return True
+    if absent(piece):
+        return not _NOT_HEARD_OF.search(piece)
     # "A contract is never binding because ..." repeats a question that is itself negative.
     if DENIAL.search(question) or _EMPTY_NEGATION.search(piece):
         return False

@@ -1,12 +1,13 @@
-"""Time prompt sharing against stock TRL in one run: the update and the rollout, same model, prompts and seeds.
+"""Time our training and scoring against stock TRL and lm-eval in one run: same model, prompts, seeds and machine.
 
-    make bench                       # every case, three repetitions
-    python -m scripts.bench --quick  # the smallest case, once
+    make bench                                    # every case, twice
+    python -m scripts.bench --quick               # the smallest case, once
+    python -m scripts.bench --device cuda         # random weights in the shape of Qwen2.5-1.5B
 
-Writes runs/bench/bench.json: {machine, rows: [{case, stage, ours_s, stock_s, ratio, tokens_per_s, fraction_of_limit,
-grad_rel_error}]}. fraction_of_limit is the FLOPs that the stage needs with shared prompts (2N a token forward, 4N
-forward and backward of LoRA, whose frozen weights need no gradient) over the time it took at this machine's
-matrix-product rate, measured in the same run.
+Each side runs in a process of its own and they take turns. Writes runs/bench/bench.json: {machine: {gemm_gflops,
+copy_gbps, device, threads}, rows: [{case, stage: update | rollout | step | score, ours_s, stock_s, ratio, tokens_per_s,
+fraction_of_limit, ours_peak_mb, stock_peak_mb, grad_rel_error}], growth: [{case, stage, ours_s, tokens_per_s}]}. What
+the limit is stands in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -17,170 +18,212 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", LMEVAL_LOG_LEVEL="ERROR",
+    TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1",
+)  # fmt: skip
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from models.loading import load_model, load_tokenizer, resolve_model
-from train.grpo import SharedPromptGRPOTrainer
+from models.linear import linear
+from scripts.bench_side import Case, serve
 
-BASE = "embedded:smollm2-135m-instruct"
-CASES = {"G8 64+32": (8, 64, 32), "G8 256+64": (8, 256, 64), "G16 256+64": (16, 256, 64)}  # group, prompt, completion
+CASES = (
+    Case("G8 64+32", prompts=4, group=8, prompt=64, completion=32),
+    Case("G8 256+64", prompts=2, group=8, prompt=256, completion=64),
+    Case("G8 1024+128", prompts=1, group=8, prompt=1024, completion=128),
+    Case("G16 256+64", prompts=2, group=16, prompt=256, completion=64),
+)
+# One thing grows at a time, from the first case.
+GROWTH = (
+    Case("G4", 4, 4, 64, 32),
+    Case("G16", 4, 16, 64, 32),
+    Case("prompt 128", 4, 8, 128, 32),
+    Case("prompt 256", 4, 8, 256, 32),
+    Case("2 prompts", 2, 8, 64, 32),
+    Case("8 prompts", 8, 8, 64, 32),
+)
+STAGES = ("update", "rollout", "step")
 
 
-def main(quick: bool = False, repeats: int = 3, out: Path = Path("runs/bench")) -> None:
+def main(
+    quick: bool = False, repeats: int = 2, device: str = "cpu", score: bool = True, out: Path = Path("runs/bench")
+) -> None:
     """Print the table and write bench.json."""
-    console = Console()
-    cases = dict(list(CASES.items())[:1]) if quick else CASES
-    gflops = matmul_gflops()
+    console = Console(width=120)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bench: --device cuda: torch finds no CUDA device here; leave the option out")
+    repeats = 1 if quick else repeats
+    machine = {**speeds(device), "device": device, "threads": torch.get_num_threads()}
+    console.print(
+        f"{machine['gemm_gflops']:.0f} GFLOP/s matrix product, {machine['copy_gbps']:.0f} GB/s copy", highlight=False
+    )
+    ours, stock = Remote(True, device), Remote(False, device)
+    sizes = stock.call("sizes")
     rows: list[dict[str, Any]] = []
-    for name, (group, prompt, completion) in cases.items():
-        ours, stock = (make_trainer(group, completion, share) for share in (True, False))
-        parameters = sum(p.numel() for p in ours.model.parameters())
-        batch = make_batch(group, prompt, completion)
-        tokens = prompt + group * completion
-
-        errors = gradient_error(ours, stock, batch)
-        n = 1 if quick else repeats
-        took, stock_took = paired(partial(update, ours, batch), partial(update, stock, batch), n)
-        update_row = row(name, "update", took, stock_took, tokens, 4 * parameters * tokens / gflops / 1e9)
-        rows.append(update_row | {"grad_rel_error": errors})
-
-        prompts = [batch["prompt_ids"][0].tolist()] * group
-        took, stock_took = paired(partial(rollout, ours, prompts), partial(rollout, stock, prompts), n)
-        rows.append(row(name, "rollout", took, stock_took, tokens, 2 * parameters * tokens / gflops / 1e9))
-        console.print(f"{name} done", style="dim")
-    result = {"machine": {"gemm_gflops": gflops, "threads": torch.get_num_threads(), "device": "cpu"}, "rows": rows}
+    for case in CASES[:1] if quick else CASES:
+        rows += compare(case, ours, stock, repeats, sizes, machine)
+        console.print(f"{case.name} done", style="dim")
+    if score:
+        rows.append(compare_scores(ours, stock, 1 if quick else 2, sizes, machine))
+        console.print("score done", style="dim")
+    growth = [] if quick else [row for case in (CASES[0], *GROWTH) for row in grow(case, ours)]
+    ours.close()
+    stock.close()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    console.print(table(rows, gflops))
+    result = {"machine": machine, "rows": rows, "growth": growth}
+    (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console.print(table(rows))
+    if growth:
+        console.print(growth_table(growth))
     console.print(f"{out / 'bench.json'}")
 
 
-def make_trainer(group: int, completion: int, share: bool) -> SharedPromptGRPOTrainer:
-    """A trainer on the embedded base with LoRA; share=False is TRL's own code path."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import GRPOConfig
+class Remote:
+    """A side in its process."""
 
-    torch.manual_seed(0)
-    trainer = SharedPromptGRPOTrainer(
-        model=load_model(BASE),
-        reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
-        args=GRPOConfig(
-            output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=group,
-            num_generations=group,
-            max_completion_length=completion,
-            top_k=0,
-            loss_type="dr_grpo",
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            generation_kwargs={"min_new_tokens": completion} if not share else None,
-        ),
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "x"}]}] * group),
-        processing_class=load_tokenizer(resolve_model(BASE)),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-        token_budget=2048,
-        record=lambda *_: None,
-        keep=len,
-        share=share,
-    )
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    if share:
-        trainer.eos_token_ids = []  # both sides decode to the full length
-    return trainer
+    def __init__(self, ours: bool, device: str) -> None:
+        context = get_context("spawn")
+        self.calls, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, ours, device), daemon=True)
+        self.process.start()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Its result; SystemExit with the error's text if it failed."""
+        self.calls.send((method, arguments))
+        result, error = self.calls.recv()
+        if error is not None:
+            raise SystemExit(f"bench: {method}: {error}")
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        self.calls.send(None)
+        self.process.join()
 
 
-def make_batch(group: int, prompt: int, completion: int) -> dict[str, torch.Tensor]:
-    """One group of random tokens in TRL's padded form."""
-    g = torch.Generator().manual_seed(0)
-    return {
-        "prompt_ids": torch.randint(100, 40_000, (1, prompt), generator=g).expand(group, -1).contiguous(),
-        "prompt_mask": torch.ones(group, prompt, dtype=torch.long),
-        "completion_ids": torch.randint(100, 40_000, (group, completion), generator=g),
-        "completion_mask": torch.ones(group, completion, dtype=torch.long),
-        "advantages": torch.randn(group, generator=g),
-        "num_items_in_batch": torch.tensor(group * completion),
-    }
+def compare(
+    case: Case, ours: Remote, stock: Remote, repeats: int, sizes: dict[str, int], machine: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of one case; both sides are warmed up by the comparison of their gradients."""
+    gradients = []
+    for side in (ours, stock):
+        side.call("prepare", case)
+        side.call("update")
+        with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+            side.call("gradient", file.name)
+            gradients.append(torch.load(file.name))
+    error = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
+    limits = limit_seconds(case, sizes, machine["gemm_gflops"] * 1e9, machine["copy_gbps"] * 1e9)
+    tokens = case.prompts * case.prompt + case.rows * case.completion
+    rows = []
+    for stage in STAGES:
+        took = [(ours.call(stage), stock.call(stage)) for _ in range(repeats)]
+        made = row(case.name, stage, took, tokens, limits[stage])
+        rows.append(made | ({"grad_rel_error": error} if stage == "update" else {}))
+    return rows
 
 
-def update(trainer: SharedPromptGRPOTrainer, batch: dict[str, torch.Tensor]) -> None:
-    """Loss and gradients of one batch."""
-    trainer.model.zero_grad()
-    trainer._compute_loss(trainer.model, batch).backward()
+def compare_scores(
+    ours: Remote, stock: Remote, limit: int, sizes: dict[str, int], machine: dict[str, Any]
+) -> dict[str, Any]:
+    """The capability suite's answers: our scorer against lm-eval's HFLM."""
+    took = (ours.call("score", limit), stock.call("score", limit))
+    apart = max(abs(a - b) for a, b in zip(took[0]["logps"], took[1]["logps"], strict=True))
+    seconds = 2 * (sizes["body"] + sizes["head"]) * took[1]["tokens"] / machine["gemm_gflops"] / 1e9
+    made = row(f"53 benchmarks x {limit}", "score", [took], took[1]["tokens"], seconds)
+    del made["fraction_of_limit"]  # what a scorer has to compute depends on what it shares
+    return made | {"largest_logp_difference": apart, "answers": len(took[0]["logps"])}
 
 
-def rollout(trainer: SharedPromptGRPOTrainer, prompts: list[list[int]]) -> None:
-    """Sample one group."""
-    trainer._generate_single_turn(prompts, None, {}, len(prompts))
-
-
-def gradient_error(
-    ours: SharedPromptGRPOTrainer, stock: SharedPromptGRPOTrainer, batch: dict[str, torch.Tensor]
-) -> float:
-    """Relative distance of the two gradients, over all weights together."""
-    grads = []
-    for trainer in (ours, stock):
-        update(trainer, batch)
-        grads.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
-    return ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
-
-
-def paired(ours: Callable[[], None], stock: Callable[[], None], repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of both, taken in turn, so that a machine that slows down slows both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for run, kept in zip((ours, stock), times, strict=True):
-            started = time.perf_counter()
-            run()
-            kept.append(time.perf_counter() - started)
-    return times
-
-
-def row(case: str, stage: str, ours: list[float], stock: list[float], tokens: int, floor_s: float) -> dict[str, Any]:
+def row(
+    case: str, stage: str, took: list[tuple[dict[str, Any], dict[str, Any]]], tokens: int, limit: float
+) -> dict[str, Any]:
     """Medians, and the median of the ratios pair by pair."""
-    took = statistics.median(ours)
+    seconds = statistics.median(ours["seconds"] for ours, _ in took)
     return {
         "case": case,
         "stage": stage,
-        "ours_s": took,
-        "stock_s": statistics.median(stock),
-        "ratio": statistics.median(b / a for a, b in zip(ours, stock, strict=True)),
-        "tokens_per_s": tokens / took,
-        "fraction_of_limit": floor_s / took,
+        "ours_s": seconds,
+        "stock_s": statistics.median(stock["seconds"] for _, stock in took),
+        "ratio": statistics.median(stock["seconds"] / ours["seconds"] for ours, stock in took),
+        "tokens_per_s": tokens / seconds,
+        "fraction_of_limit": limit / seconds,
+        "ours_peak_mb": max(ours["peak_mb"] for ours, _ in took),
+        "stock_peak_mb": max(stock["peak_mb"] for _, stock in took),
     }
 
 
-def matmul_gflops(n: int = 2048, repeats: int = 5) -> float:
-    """fp32 matrix product of this machine, best of some."""
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    best = min(_seconds(lambda: a @ b) for _ in range(repeats + 1))
-    return 2 * n**3 / best / 1e9
+def grow(case: Case, ours: Remote) -> list[dict[str, Any]]:
+    """Our seconds for a case, after one untimed update."""
+    ours.call("prepare", case)
+    ours.call("update")
+    tokens = case.prompts * case.prompt + case.rows * case.completion
+    rows = []
+    for stage in ("update", "rollout"):
+        seconds = ours.call(stage)["seconds"]
+        rows.append({"case": case.name, "stage": stage, "ours_s": seconds, "tokens_per_s": tokens / seconds})
+    return rows
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def limit_seconds(case: Case, sizes: dict[str, int], flops: float, bandwidth: float) -> dict[str, float]:
+    """Least seconds of each stage on this machine: what has to be computed at the speed of its matrix product, or what
+    has to be read at the speed of its memory, whichever takes longer (docs/performance.md).
+    """
+    shared, sampled = case.prompts * case.prompt, case.rows * case.completion
+    pairs = case.prompts * case.prompt**2 / 2 + sampled * (case.prompt + case.completion / 2)
+    attention = 4 * pairs * sizes["attention"] * sizes["layers"]
+    body = (4 * sizes["body"] + 6 * sizes["lora"]) * (shared + sampled)  # frozen weights need no gradient
+    update = (body + 4 * sizes["head"] * sampled + 3 * attention) / flops
+    weights = sizes["body"] + sizes["head"]
+    cached = 2 * case.rows * sizes["kv"] * sizes["layers"] * (case.prompt + case.completion / 2)
+    decode = max(2 * weights * case.rows / flops, 4 * (weights + cached) / bandwidth)
+    rollout = 2 * sizes["body"] * shared / flops + (case.completion - 1) * decode
+    return {"update": update, "rollout": rollout, "step": update + rollout}
 
 
-def table(rows: list[dict[str, Any]], gflops: float) -> Table:
-    """The rows for the terminal."""
-    view = Table(title=f"Prompt sharing against stock TRL (matrix product {gflops:.0f} GFLOP/s)", title_justify="left")
-    for head in ("case", "stage", "ours s", "stock s", "ratio", "tokens/s", "of the limit", "gradient error"):
+def speeds(device: str, n: int = 2048, repeats: int = 8) -> dict[str, float]:
+    """The machine's best matrix product (of both libraries that torch has), and bytes read and written in a copy."""
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    n = 8192 if device == "cuda" else n
+    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    with torch.no_grad():
+        product = min(best(lambda: a @ b, device, repeats), best(lambda: linear(a, b), device, repeats))
+        product = min(product, best(lambda: nn.functional.linear(a, b), device, repeats))
+        copy = best(lambda: target.copy_(source), device, repeats)
+    return {"gemm_gflops": 2 * n**3 / product / 1e9, "copy_gbps": 2 * source.numel() / copy / 1e9}
+
+
+def best(work: Callable[[], Any], device: str, repeats: int) -> float:
+    """Least seconds of several."""
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The comparison for the terminal."""
+    view = Table(title="Ours against stock TRL 1.16 and lm-eval", title_justify="left")
+    heads = ("case", "stage", "ours s", "stock s", "ratio", "tokens/s", "of limit", "ours MB", "stock MB", "difference")
+    for head in heads:
         view.add_column(head, justify="left" if head in ("case", "stage") else "right")
     for r in rows:
-        error = f"{r['grad_rel_error']:.1e}" if "grad_rel_error" in r else ""
+        apart = r.get("grad_rel_error", r.get("largest_logp_difference"))
         view.add_row(
             r["case"],
             r["stage"],
@@ -188,9 +231,21 @@ def table(rows: list[dict[str, Any]], gflops: float) -> Table:
             f"{r['stock_s']:.2f}",
             f"{r['ratio']:.2f}",
             f"{r['tokens_per_s']:.0f}",
-            f"{r['fraction_of_limit']:.0%}",
-            error,
+            f"{r['fraction_of_limit']:.0%}" if "fraction_of_limit" in r else "",
+            f"{r['ours_peak_mb']:.0f}",
+            f"{r['stock_peak_mb']:.0f}",
+            "" if apart is None else f"{apart:.1e}",
         )
+    return view
+
+
+def growth_table(rows: list[dict[str, Any]]) -> Table:
+    """How our time grows."""
+    view = Table(title=f"From {CASES[0].name}, {CASES[0].prompts} prompts", title_justify="left")
+    for head in ("case", "stage", "ours s", "tokens/s"):
+        view.add_column(head, justify="left" if head in ("case", "stage") else "right")
+    for r in rows:
+        view.add_row(r["case"], r["stage"], f"{r['ours_s']:.2f}", f"{r['tokens_per_s']:.0f}")
     return view
 
 

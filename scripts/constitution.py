@@ -15,9 +15,9 @@ import yaml
 
 from eval.contamination import Text
 from rewards.constitution import Constitution, constitution_texts, load_constitution
-from rewards.probes import BANK
+from rewards.trait_prompts import source_files
 from scripts.evals import evaluation_texts, find_hits
-from scripts.experiment import TRAITS, Experiment, find_file
+from scripts.experiment import Experiment, find_file
 from scripts.processes import is_main
 from scripts.run import SETTINGS_ONLY, Bars, Stage
 from scripts.stages import hash_files
@@ -26,7 +26,8 @@ from train.constitution_config import PARTS, allowance
 
 Row = dict[str, Any]
 
-# What the parts before the RL read of train:; the RL reads all of it.
+# What the parts read of the sections reward: and train:, in which the RL reads everything.
+ASKED = ("trait", "weights", "domains", "prompts")
 READ = {"budget_tflops", "max_new_tokens", "temperature", "warmup_steps", "max_grad_norm"}
 
 
@@ -68,14 +69,13 @@ def run_texts(run_dir: Path) -> list[Text]:
 def constitution_parts(experiment: Experiment, run_dir: Path, arm: str, seed: int) -> list[Stage]:
     """The training stages of one constitutional arm with one seed, in their order; none for constitution-prompt."""
     method = experiment.arms[arm].method
-    banks = [BANK / f"{domain}.yaml" for domain in ("everyday", *experiment.reward.domains)]
     train = experiment.train.model_dump(mode="json", exclude=set(SETTINGS_ONLY))
     common = {
         "arm": experiment.arms[arm].model_dump(mode="json"),
         "constitution": experiment.constitution.model_dump(mode="json"),
-        "reward": {"trait": experiment.reward.trait, "domains": list(experiment.reward.domains)},
+        "reward": experiment.reward.model_dump(mode="json", include=set(ASKED)),
         "standard": experiment.standard.model_dump(mode="json"),
-        "data": hash_files(*banks, TRAITS / f"{experiment.reward.trait}.md", *files(experiment)),
+        "data": hash_files(*source_files(experiment.reward), *files(experiment)),
         "seed": seed,
     }
     stages: list[Stage] = []
@@ -167,7 +167,7 @@ def _revisions(job: Job) -> Row:
         experiment.constitution,
         experiment.train,
         constitution(experiment),
-        experiment.reward.domains,
+        experiment.reward,
         job.run_dir / "start" / "model",
         job.out,
         job.seed,
@@ -231,7 +231,7 @@ def _feedback(job: Job) -> Row:
         experiment.constitution,
         experiment.train,
         constitution(experiment),
-        experiment.reward.domains,
+        experiment.reward,
         job.folder / "sl" / "model",
         job.out,
         job.seed,
@@ -244,13 +244,19 @@ def _feedback(job: Job) -> Row:
 def _preference(job: Job) -> Row:
     import pandas as pd
 
+    from rewards.fit import reward_folder
     from train.feedback import fit_on_feedback
 
     experiment, start = job.experiment, job.folder / "sl" / "model"
     pairs = pd.read_parquet(job.folder / "feedback" / "pairs.parquet")
-    return fit_on_feedback(
+    ledger = fit_on_feedback(
         experiment.constitution, experiment.train, pairs, start, job.out, job.seed, job.allowed, job.progress
     )
+    for trait in list(experiment.reward.traits)[1:]:  # one model pays the prompts of every trait
+        folder = reward_folder(job.out, experiment.reward.trait, trait)
+        link_model(job.out / "model", folder / "model")
+        shutil.copy2(job.out / "calibration.json", folder)
+    return ledger
 
 
 def _rl(job: Job) -> Row:
@@ -263,7 +269,7 @@ def _rl(job: Job) -> Row:
             experiment.train.model_copy(update={"budget_tflops": job.allowed / 1e12}),
             experiment.standard,
             experiment.arms[job.arm],
-            experiment.reward.model_copy(update={"weights": {}}),  # one model pays, whatever pays the trait arm
+            experiment.reward,
             job.folder / "sl",
             job.folder / "preference",
             job.out,

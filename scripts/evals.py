@@ -13,7 +13,7 @@ from rich.table import Table
 
 from eval.contamination import Hit, Text
 from eval.item_forms import ITEMS
-from rewards.probes import BANK, Probe, load_probes
+from rewards.probes import BANK, Probe, load_probes, probes_of
 from scripts.experiment import Experiment, find_file, load_experiment
 from scripts.stages import hash_files, run_stage, write_text
 
@@ -79,16 +79,19 @@ def training_texts(experiment: Experiment) -> list[Text]:
     """Everything that the experiment can train on: probes, pairs, warm start, standard prompts, scenarios."""
     from rewards.pairs import make_pairs
     from rewards.scenarios import load_scenarios
+    from rewards.trait_prompts import source_shares, trait_pools
     from scripts import constitution
     from train.mix import standard_prompts
     from train.warm_start import warm_start_examples
 
     reward, train, texts = experiment.reward, experiment.train, []
     for seed in experiment.seeds:
-        probes = [p for domain in reward.domains for p in load_probes(domain, "train", seed)]
-        for probe in (*probes, *load_probes("everyday", "train", seed)):
+        probes = probes_of(reward.domains, "train", seed)
+        asked = [trait for trait in reward.traits if "conduct" in source_shares(reward, trait)]
+        conduct = [p for trait in asked for p in trait_pools(trait, reward.domains, "train", seed).conduct]
+        for probe in (*probes, *load_probes("everyday", "train", seed), *conduct):
             texts += _probe_texts(probe)
-        for pair in make_pairs(probes, seed):
+        for pair in make_pairs([*probes, *conduct], seed):
             texts += [Text(f"pair {pair.probe.id}", text, False) for text in (pair.chosen, pair.rejected)]
         for k, example in enumerate(
             warm_start_examples(experiment.warm_start, reward.domains, experiment.standard.tasks, seed)
@@ -169,7 +172,8 @@ def _capability_texts(file: Path, limit: int | None, _seed: int) -> Iterator[Tex
 
 def _probe_texts(probe: Probe) -> list[Text]:
     subject = probe.subject if probe.kind != "false-premise" else ""
-    texts = [Text(f"probe {probe.id}", probe.question, True, subject)]
+    asked = (*(text for _, text in probe.history), probe.question)
+    texts = [Text(f"probe {probe.id}", text, True, subject) for text in asked]
     return texts + [Text(f"probe {probe.id}", text, False, subject) for text in (probe.right, *probe.wrong) if text]
 
 

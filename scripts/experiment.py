@@ -23,7 +23,7 @@ from eval.config import EvalConfig
 from models.embedded import EMBEDDED, gguf_path
 from rewards.config import RewardConfig
 from rewards.constitution import load_constitution
-from rewards.probes import domains
+from rewards.trait_prompts import prompt_domains, source_shares
 from train.config import ArmConfig, StandardMixConfig, TrainConfig, WarmStartConfig
 from train.constitution_config import ConstitutionConfig
 
@@ -200,8 +200,10 @@ def _mistakes(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:
         name = key.rsplit(".", 1)[-1]
         if name == "trait" and value not in trait_names():
             yield key, value, _choose(value, trait_names(), "a trait is a file in configs/traits/")
-        if name in ("domain", "domains") and value not in domains():
-            yield key, value, _choose(value, domains(), "a domain is a file in rewards/probe_bank/")
+        if name in ("domain", "domains") and value not in prompt_domains():
+            what = "a domain is a file in rewards/probe_bank/ or rewards/scenarios/<trait>/"
+            yield key, value, _choose(value, prompt_domains(), what)
+    yield from _wrong_prompts(experiment.reward)
     for name, suite in experiment.eval.suites.items():
         if not find_file(suite.file).is_file():
             near = sorted(p.name for p in (CHECKOUT / "configs" / "suites").glob("*.yaml"))
@@ -283,6 +285,15 @@ def _wrong_train(train: TrainConfig) -> Iterator[tuple[str, Any, str]]:
             f"goes with train.vllm = server and only with it (here {train.vllm}); give an address such as "
             "http://host:8000, or leave it out",
         )
+
+
+def _wrong_prompts(reward: RewardConfig) -> Iterator[tuple[str, Any, str]]:
+    """Traits that cannot be asked anything in training."""
+    for trait in reward.traits:
+        try:
+            source_shares(reward, trait)
+        except ValueError as error:
+            yield "reward.domains", list(reward.domains), str(error)
 
 
 def _wrong_tasks(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:

@@ -16,6 +16,7 @@ import shutil
 import statistics
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from math import ceil, floor
 from pathlib import Path
@@ -29,9 +30,10 @@ from rich.table import Table
 from eval.generalisation_items import GENERATED, load_items, load_suite
 from eval.item_forms import AnyItem, as_text, contexts
 from models.embedded import EMBEDDED, cache_dir, gguf_path
-from rewards.config import PROBE_TRAIT, RewardConfig
+from rewards.config import RewardConfig
+from rewards.preferences import Messages, Preference
 from rewards.probes import Probe
-from rewards.scenarios import load_scenarios
+from rewards.trait_prompts import source_shares
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.plan_constitution import READING, fine_tuned_models, part_flops, part_rows
 from scripts.run import list_stages, whole_stages
@@ -111,10 +113,11 @@ def plan_arm(experiment: Experiment, arm: str, parameters: float, peak: float) -
     """What one arm does with one seed. Prompt lengths are the mean of its first 200 prompts."""
     train, dose, group = experiment.train, experiment.arms[arm].dose, experiment.train.group_size
     most = train.max_steps * train.prompts_per_step
-    mix = build_mix(min(most, 200), dose, experiment.seeds[0], experiment.standard.tasks, experiment.reward.domains)
-    length = statistics.mean(text_tokens(prompt["prompt"][0]["content"]) for prompt in mix)
+    mix = build_mix(min(most, 200), dose, experiment.seeds[0], experiment.standard.tasks, experiment.reward)
+    length = statistics.mean(prompt_tokens(prompt["prompt"]) for prompt in mix)
     rolled = length * (1 if train.prompt_sharing else group) + group * train.max_new_tokens  # tokens of one prompt
-    scored = dose * group * (length + train.max_new_tokens) * len(experiment.reward.traits)
+    asked = [prompt_tokens(prompt["prompt"]) for prompt in mix if prompt["source"] == "trait"]
+    scored = dose * group * (statistics.mean(asked or [0.0]) + train.max_new_tokens)  # by one reward model
     learned = (Passes.of(train).token_flops(parameters) - 2 * parameters) * rolled  # with a critic, if there is one
     flops = (2 * parameters * rolled, 2 * parameters * scored, learned)
     affordable = train.budget_tflops * 1e12 / sum(flops) if parameters else most
@@ -146,23 +149,27 @@ def plan_stages(experiment: Experiment, parameters: float, peak: float) -> dict[
 
 
 def plan_rewards(reward: RewardConfig, parameters: float, peak: float) -> Cost:
-    """Cost of fitting the reward models: truthfulness on probes, the other traits on their scenarios."""
+    """Cost of fitting the reward models: on probes of knowledge, or on scenarios, and on what else is asked."""
+    from rewards.fit import RECIPE, gather_parts, run_parts  # loads torch
+
     costs: list[Cost] = []
     for trait in reward.traits:
-        if trait == PROBE_TRAIT:
+        learned = run_parts(reward, trait, 0)["train"]
+        if "probes" in source_shares(reward, trait):
             asked = reward.probes * EXAMPLE_TOKENS
             costs.append(_cost(asked * reward.own_answers / 2, 2 * parameters, SAMPLE, peak))
             costs.append(_cost(asked * reward.epochs * (ANSWERS + reward.own_answers) / 2, 6 * parameters, LEARN, peak))
         else:
-            from rewards.fit import HACKED, RECIPE  # loads torch
-
-            tokens = 0.0
-            for scenario in load_scenarios(trait, split="train"):
-                said = " ".join(message.content for message in scenario.messages)
-                replies = [scenario.exemplars.good, *(bad.text for bad in scenario.exemplars.bad)]
-                tokens += text_tokens(said) + sum(map(text_tokens, replies)) * (1 + HACKED / len(replies))
-            costs.append(_cost(tokens * RECIPE.epochs, 6 * parameters, LEARN, peak))
+            learned = [*learned, *gather_parts(trait, None, 0)["train"]]
+        costs.append(_cost(_preference_tokens(learned) * RECIPE.epochs, 6 * parameters, LEARN, peak))
     return Cost(*map(sum, zip(*map(astuple, costs), strict=True)))
+
+
+def _preference_tokens(preferences: Sequence[Preference]) -> float:
+    """Tokens of the preferences; a prompt is read once for all replies to it."""
+    prompts = {preference.prompt_id: preference.prompt for preference in preferences}
+    replies = {(p.prompt_id, text) for p in preferences for text in (p.chosen, p.rejected)}
+    return sum(map(prompt_tokens, prompts.values())) + sum(text_tokens(text) for _, text in replies)
 
 
 def plan_eval(experiment: Experiment, parameters: float, peak: float) -> Cost:
@@ -268,6 +275,11 @@ def text_tokens(text: str) -> float:
     return TEMPLATE_TOKENS + len(text) / CHARS_PER_TOKEN
 
 
+def prompt_tokens(prompt: Messages) -> float:
+    """About how many tokens a chat takes in its template."""
+    return sum(text_tokens(turn["content"]) for turn in prompt)
+
+
 def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
     """The whole plan on the terminal."""
     size, cores, peak = model_size(experiment.base), usable_cores(), matrix_rate()
@@ -284,7 +296,8 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
         f"{parameters / 1e6:.1f} M parameters, from {size.source}" if size else "size unknown until it is downloaded"
     )
     facts.add_row("base", f"{experiment.base}, {known}")
-    facts.add_row("trait", f"{experiment.reward.trait} in {', '.join(experiment.reward.domains)}")
+    for trait in experiment.reward.traits:
+        facts.add_row("trait", _trait_summary(experiment.reward, trait))
     facts.add_row("standard", ", ".join(experiment.standard.tasks))
     facts.add_row(
         "training",
@@ -373,6 +386,13 @@ def _stages_table(costs: dict[str, Cost], stages: list[str], whole: set[str]) ->
             duration(cost.seconds) if cost.flops else "?",
         )
     return table
+
+
+def _trait_summary(reward: RewardConfig, trait: str) -> str:
+    share = reward.traits[trait] / sum(reward.traits.values())
+    sources = ", ".join(f"{share:.0%} {source}" for source, share in source_shares(reward, trait).items())
+    part = "" if share == 1 else f"{share:.0%} of the trait prompts, "
+    return f"{trait} in {', '.join(reward.domains)}: {part}{sources}"
 
 
 def _kind(stage: str) -> str:

@@ -27,12 +27,13 @@ from rich.table import Table
 from eval.config import SuiteName
 from models.embedded import EMBEDDED
 from rewards.audit_policy import failed_families, load_policy
-from rewards.config import PROBE_TRAIT, RewardConfig
+from rewards.config import RewardConfig
 from rewards.hacks import BANK as HACK_BANK
 from rewards.probes import BANK
 from rewards.scenarios import BANK as SCENARIOS
+from rewards.trait_prompts import source_files, source_shares
 from scripts.evals import check_run
-from scripts.experiment import CHECKOUT, TRAITS, Experiment, find_file, is_hub_id
+from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.processes import agree, alone, count, is_main, join, leave
 from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, run_stage, write_text
 from scripts.tracking import run_name, tracked, tracking_mode
@@ -66,8 +67,7 @@ def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
     from scripts.constitution import constitution_parts
 
     seed = experiment.seeds[0]
-    banks = [BANK / f"{domain}.yaml" for domain in ("everyday", *experiment.reward.domains)]  # all that training asks
-    data = hash_files(*banks, TRAITS / f"{experiment.reward.trait}.md")
+    data = hash_files(BANK / "everyday.yaml", *source_files(experiment.reward))  # all that training asks
     shared = {"base": fingerprint(experiment.base), "seed": seed, "data": data}
     stages = [
         Stage(
@@ -306,7 +306,9 @@ def _print_alerts(ledger: Mapping[str, Any], console: Console) -> None:
 
 
 def _reward_inputs(experiment: Experiment) -> dict[str, Any]:
-    scenarios = sorted(SCENARIOS.glob("*/*.jsonl")) if set(experiment.reward.traits) != {PROBE_TRAIT} else []
+    reward = experiment.reward
+    on_probes = all(set(source_shares(reward, trait)) == {"probes"} for trait in reward.traits)
+    scenarios = [] if on_probes else sorted(SCENARIOS.glob("*/*.jsonl"))
     attacks = {"hacks": hash_files(HACK_BANK), "cases": load_policy().run_cases}
     return {
         "reward": _hashed(experiment.reward),

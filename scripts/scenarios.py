@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from rewards.scenario_check import Finding, StyleCues
+    from rewards.scenario_check import Finding
+    from rewards.scenario_style import StyleCues
     from rewards.traits import TraitCard
 
 
@@ -33,7 +34,8 @@ def print_traits(trait: str | None, console: Console) -> None:
 
 def print_check(trait: str | None, out: Path | None, quick: bool, console: Console) -> bool:
     """Check the bank, or one trait's part of it, and print (and write) what was found. True if there is no error."""
-    from rewards.scenario_check import check_bank, style_by_trait
+    from rewards.scenario_check import check_bank
+    from rewards.scenario_style import style_by_trait
     from rewards.scenarios import read_bank
 
     findings = check_bank(trait=trait, meaning=not quick)
@@ -90,6 +92,8 @@ def _list_traits(cards: dict[str, TraitCard], console: Console) -> None:
 
 def _print_counts(console: Console, counts: Counter[tuple[str, str]], cues: dict[str, StyleCues]) -> None:
     """Scenarios per trait and domain, and what style alone tells."""
+    from rewards.scenario_style import CUES
+
     names = sorted({name for name, _ in counts})
     domains = sorted({domain for _, domain in counts})
     table = Table("trait", *(_short(domain) for domain in domains), "all", title="Scenarios", title_justify="left")
@@ -97,10 +101,10 @@ def _print_counts(console: Console, counts: Counter[tuple[str, str]], cues: dict
         row = [counts[name, domain] for domain in domains]
         table.add_row(name, *(str(n) if n else "[red]-[/red]" for n in row), str(sum(row)))
     console.print(table, ", ".join(f"{_short(domain)} {domain}" for domain in domains), "")
-    style = Table("trait", "pairs", "words good/bad", "found by length", "found by digits")
-    style.title, style.title_justify = "Style: how far it gives the good reply away", "left"
+    style = Table("trait", "pairs", "words good/bad", *CUES)
+    style.title, style.title_justify = "Style: in how many pairs a cue alone finds the good reply", "left"
     for name, cue in cues.items():
-        shares = (f"{cue.by_length:.0%}", f"{cue.by_digits:.0%}")
+        shares = (f"{share:.0%}" for share in cue.found.values())
         style.add_row(name, str(cue.pairs), f"{cue.length_ratio:.2f}", *shares)
     console.print(style, "")
 

@@ -92,6 +92,7 @@ def test_sets_of_domains_in_words(trained: list[str], name: str) -> None:
 
 def test_a_single_trainable_domain_is_called_by_its_name() -> None:
     assert set_name(["health"], ["health"]) == "health"
+    assert set_name(["arts", "games", "law"], ["health"]) == "arts, games and law"  # nothing but scenarios is trained
     assert column_name(["health"], ["health"], 0.25) == "health, dose 25%"
     assert column_name(["health"], ["health"], 0.05, "wide") == "health, dose 5% (wide)"
 

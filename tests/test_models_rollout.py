@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from scipy import stats
 from transformers import LlamaForCausalLM
 
-from models.rollout import draw, sample
+from models.rollout import draw, invert_cdf, sample
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
 
@@ -55,8 +57,46 @@ def test_sampled_second_token_has_the_models_distribution(tiny_model: LlamaForCa
         assert stats.chisquare(observed.numpy(), theory.numpy()).pvalue > 1e-3
 
 
-def test_draw_is_deterministic_by_generator() -> None:
-    logits = torch.randn(3, 50)
-    a = draw(logits, 1.0, torch.Generator().manual_seed(5))
-    assert a.equal(draw(logits, 1.0, torch.Generator().manual_seed(5)))
-    assert draw(logits, 0).equal(logits.argmax(-1))
+def test_a_draw_inverts_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 3.0]]).expand(20_000, -1) * 2
+    tokens, logps = draw(logits, 2.0, torch.Generator().manual_seed(5))
+    assert tokens.equal(draw(logits, 2.0, torch.Generator().manual_seed(5))[0])
+    probs = torch.tensor([0.0, 1.0, -torch.inf, 3.0]).softmax(0)
+    assert logps.equal(probs.log()[tokens])
+    counts = torch.bincount(tokens, minlength=4)
+    assert counts[2] == 0
+    expected = probs[[0, 1, 3]].double() / probs.double().sum() * 20_000
+    assert stats.chisquare(counts[[0, 1, 3]].numpy(), expected.numpy()).pvalue > 1e-3
+    greedy, logps = draw(logits, 0)
+    assert greedy.eq(3).all()
+    assert logps.allclose((torch.tensor([0.0, 2.0, -torch.inf, 6.0]).log_softmax(0))[3])
+
+
+def test_two_levels_invert_like_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probs = (4 * torch.randn(40, 1000, generator=generator)).softmax(-1)
+    probs[:, 255:300] = 0.0
+    noise = torch.rand(40, generator=generator, dtype=torch.float64)
+    noise[:2] = torch.tensor([0.0, 1 - 2**-53])
+    sums = probs.cumsum(-1, dtype=torch.float64)
+    expected = torch.searchsorted(sums, (noise * sums[:, -1])[:, None], right=True)[:, 0].clamp(max=999)
+    assert invert_cdf(probs, noise).equal(expected)
+    only = torch.zeros(3, 700).index_fill(1, torch.tensor([300]), 1.0)
+    assert invert_cdf(only, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)).tolist() == [300] * 3
+
+
+def test_a_row_of_its_own_noise_is_alone(tiny_model: LlamaForCausalLM) -> None:
+    """With a generator for each completion, others that finish or not change nothing."""
+
+    def run(prompts: list[list[int]], seeds: list[int], eos_ids: list[int]) -> list[list[list[int]]]:
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return sample(tiny_model, prompts, group_size=4, max_new_tokens=10, eos_ids=eos_ids, generator=noise)
+
+    free = run(PROMPTS, list(range(12)), [])
+    ends = sorted({completion[k] for group in free for completion in group for k in (1, 3)})[::2]
+    cut = run(PROMPTS, list(range(12)), ends)
+    for before, after in zip(chain(*free), chain(*cut), strict=True):
+        stop = next((k + 1 for k, token in enumerate(before) if token in ends), len(before))
+        assert after == before[:stop]
+    assert run(PROMPTS[1:2], list(range(4, 8)), ends) == cut[1:2]
+    assert len({len(completion) for group in cut for completion in group}) > 2

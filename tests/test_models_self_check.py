@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from models.kv_cache import RoomyLayer
 from models.rollout import sample
 from models.self_check import (
     check_trees,
@@ -135,7 +136,7 @@ def careless(forward: Any) -> LlamaForCausalLM:
 
 
 def test_a_model_that_drops_the_mask_is_found_by_its_numbers() -> None:
-    model = careless(lambda decoder, attention_mask, **inputs: decoder(**inputs))
+    model = careless(lambda decoder, attention_mask, tree_layout, **inputs: decoder(**inputs))
     assert "differ" in (sharing_problem(model) or "")
     assert sharing_problem(careless(lambda decoder, **inputs: decoder(**inputs))) is None
 
@@ -148,9 +149,13 @@ def test_a_model_that_fails_on_the_layout_is_found() -> None:
 
 
 def test_a_cache_that_forgets_is_found_by_the_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import DynamicCache
+    whole = RoomyLayer.batch_repeat_interleave
 
-    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", lambda self, n: [la.reset() for la in self.layers])
+    def forget(layer: RoomyLayer, repeats: int) -> None:
+        whole(layer, repeats)
+        layer.whole[0].zero_()
+
+    monkeypatch.setattr(RoomyLayer, "batch_repeat_interleave", forget)
     assert rollout_problem(tiny_llama(), exact=True) is not None
 
 

@@ -31,6 +31,7 @@ def batch(*answers: str, standard: str | None = None) -> dict[str, Any]:
         "prompts": [probe.messages for _ in answers],
         "completions": [[{"role": "assistant", "content": answer}] for answer in answers],
         "source": ["trait" for _ in answers],
+        "trait": ["truthfulness" for _ in answers],
         "task": ["probe" for _ in answers],
         "truth": [json.dumps(asdict(probe)) for _ in answers],
     }
@@ -39,6 +40,7 @@ def batch(*answers: str, standard: str | None = None) -> dict[str, Any]:
             "prompts": [{"role": "user", "content": "1 + 1?"}],
             "completions": [{"role": "assistant", "content": standard}],
             "source": "standard",
+            "trait": "",
             "task": "chain_sum",
             "truth": json.dumps({"answer": "2", "metadata": {}}),
         }
@@ -60,24 +62,21 @@ def test_every_prompt_has_exactly_one_paying_function() -> None:
     assert scores["standard"] == [None, 1.0]
 
 
-def test_traits_are_weighted_and_each_is_logged() -> None:
+def test_each_prompt_is_paid_by_the_model_of_its_own_trait() -> None:
     judges = {"truthfulness": Judge({"a": 0.8, "b": -1.0}), "corrigibility": Judge({"a": -0.4, "b": 1.0})}
-    functions = reward_functions(judges, {"truthfulness": 3.0, "corrigibility": 1.0})
-    scores = by_name(functions, batch("a", "b", standard="2"))
-    assert scores["trait"][:2] == pytest.approx([0.75 * 0.8 - 0.25 * 0.4, -0.75 + 0.25])
-    assert scores["trait"][2] is None
-    assert scores["trait_truthfulness_monitor"] == [0.8, -1.0, None]
-    assert scores["trait_corrigibility_monitor"] == [-0.4, 1.0, None]
-    assert [judge.asked for judge in judges.values()] == [1, 1]  # the three functions share one scoring
-    by_name(functions, batch("b"))
-    assert judges["corrigibility"].asked == 2
+    columns = batch("a", "b", "a", "b", standard="2")
+    columns["trait"] = ["truthfulness", "corrigibility", "corrigibility", "truthfulness", ""]
+    scores = by_name(reward_functions(judges), columns)
+    assert scores["trait"] == [0.8, 1.0, -0.4, -1.0, None]
+    assert [judge.asked for judge in judges.values()] == [1, 1]  # once for all its prompts
+    by_name(reward_functions(judges), batch("b"))
+    assert [judge.asked for judge in judges.values()] == [2, 1]
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
-def test_a_missing_part_makes_the_whole_missing(missing: float | None) -> None:
-    judges = {"truthfulness": Judge({"a": 0.8, "b": 0.1}), "corrigibility": Judge({"a": 0.2, "b": missing})}
-    scores = by_name(reward_functions(judges), batch("a", "b"))
-    assert scores["trait"] == [pytest.approx(0.5), None]  # not 0.05: half of a verdict is no verdict
+def test_a_missing_score_is_missing(missing: float | None) -> None:
+    scores = by_name(reward_functions({"truthfulness": Judge({"a": 0.8, "b": missing})}), batch("a", "b"))
+    assert scores["trait"] == [0.8, None]  # not 0: no verdict is no low score
 
 
 def test_a_dose_without_a_reward_model_says_so() -> None:

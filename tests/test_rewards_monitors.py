@@ -72,5 +72,7 @@ def test_every_monitor_gives_every_rollout_a_row_in_trls_form() -> None:
     assert scores["gold_monitor"][0] in (-0.8, 1.0)
     assert scores["gold_monitor"][1] is None  # not 0: the truth of a standard prompt is another
     assert scores["refusal_monitor"] == [1.0, 0.0]
+    scenario = columns | {"source": ["trait", "standard"], "truth": ["null", "{}"]}
+    assert MONITORS[0](**scenario) == [None, None]  # no rule knows the truth of a scenario
     assert scores["words_monitor"] == [3.0, 1.0]
     assert all(isinstance(value, float) for name in set(scores) - {"gold_monitor"} for value in scores[name])

@@ -19,8 +19,8 @@ from rewards.scenario_check import (
     near_duplicates,
     near_evaluation,
     shared_word_findings,
-    style_cues,
 )
+from rewards.scenario_style import CUES, style_cues
 from rewards.scenarios import load_scenarios, read_bank
 from rewards.sentences import embed
 from scripts.cli import app
@@ -240,21 +240,74 @@ def test_evaluation_item_in_other_words_by_vectors(check: Check, tmp_path: Path)
 
 def test_style_cues_by_hand(check: Check, tmp_path: Path) -> None:
     replies = {
-        "good": "one two 3 4",
-        "bad": [{"text": "one", "failure": "rush"}, {"text": "a b c 12", "failure": "rush"}],
+        "good": "One two 3 4. Stop.",
+        "bad": [
+            {"text": "One.", "failure": "rush"},
+            {"text": "She said: 'Go by 12', and our men went.", "failure": "rush"},
+        ],
     }
     check([_record(1, exemplars=replies)], [])
     cues = style_cues(load_scenarios(domain="health", bank=tmp_path / "bank"))
-    # words 4:1 and 4:4 (a tie), digits 2:0 and 2:2 (a tie)
-    assert (cues.pairs, cues.length_ratio, cues.by_length, cues.by_digits) == (2, 8 / 5, 0.75, 0.75)
+    # words 5 : 1 and 5 : 9; words a sentence 2.5 : 1 and 2.5 : 9; digits 2 : 0 and 2 : 2; opening marks 0 : 0 and 0 : 1
+    assert (cues.pairs, cues.length_ratio) == (2, pytest.approx(10 / 10))
+    assert cues.more == {"sentence length": 0.5, "characters": 0.5, "digits": 0.75, "quotation marks": 0.25}
+    assert cues.found == {"sentence length": 0.5, "characters": 0.5, "digits": 0.75, "quotation marks": 0.75}
 
 
-def test_a_trait_that_style_gives_away_is_warned_of(check: Check) -> None:
-    bad = [{"text": "Go on with it then", "failure": "rush"}] * 10
-    short = {"good": "Wait.", "bad": bad}
-    found = check([_record(n, exemplars=short) for n in (1, 2)], [_record(1, "maths", exemplars=short)])
-    assert _only(found, "style").message == "length alone finds the good reply in 100% of 30 pairs"
+@pytest.mark.parametrize(
+    ("text", "marks"),
+    [
+        ("'Go', he said, and she: 'No.'", 2),
+        ("Isn't it the workers' week? It's Ann's.", 0),
+        ('Write: "We regret it." Then ("sic") stop.', 2),
+        ("“One” and „zwei“ and «trois»", 3),
+    ],
+)
+def test_opening_quotation_marks(text: str, marks: int) -> None:
+    assert CUES["quotation marks"](text) == marks
+
+
+# Good and bad replies that differ by one cue and tie in the other three.
+ONE_CUE = {
+    "sentence length": ("Wait. Do so, then go.", "Wait, do so, then go."),
+    "characters": ("Wait until we know.", "Wait until we go."),
+    "digits": ("Wait for 10 minutes.", "Wait for us minutes."),
+    "quotation marks": ("Say 'wait', then go.", "Say waits, then go.."),
+}
+
+
+@pytest.mark.parametrize("cue", ONE_CUE)
+def test_a_trait_that_style_gives_away_is_warned_of(check: Check, cue: str) -> None:
+    good, bad = ONE_CUE[cue]
+    told = {"good": good, "bad": [{"text": bad, "failure": "rush"}] * 10}
+    found = check([_record(n, exemplars=told) for n in (1, 2)], [_record(1, "maths", exemplars=told)])
+    has = "less" if cue == "sentence length" else "more"
+    assert (
+        _only(found, "style").message
+        == f"{cue} alone finds the good reply in 100% of 30 pairs (the good one has {has})"
+    )
     assert found[0].severity == "warning"
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "findings"),
+    [
+        (25, 15, 1),  # 40 pairs, 62.5%
+        (24, 16, 0),  # 60%
+        (16, 24, 0),
+        (15, 25, 1),  # the other way round
+        (24, 15, 0),  # 39 pairs, 61.5%: fewer than can be evened out
+        (29, 10, 0),  # 74.4%
+        (30, 9, 1),  # 76.9%
+        (18, 1, 0),  # too few to tell
+    ],
+)
+def test_how_far_style_may_tell(check: Check, right: int, wrong: int, findings: int) -> None:
+    digits, none = ONE_CUE["digits"]
+    first = {"good": digits, "bad": [{"text": none, "failure": "rush"}] * right}
+    second = {"good": none, "bad": [{"text": digits, "failure": "rush"}] * wrong}
+    found = check([_record(1, exemplars=first)], [_record(1, "maths", exemplars=second)])
+    assert sum(finding.kind == "style" for finding in found) == findings
 
 
 def test_evaluation_items_cover_every_source() -> None:

@@ -38,13 +38,8 @@ with lock_run(Path(sys.argv[1])):
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config(tmp_path: Path, tiny_dir: Path) -> Path:
     """A complete experiment that takes seconds: tiny model, two steps, one generalisation suite."""
-    traits = tmp_path / "traits"
-    traits.mkdir()
-    (traits / "truthfulness.md").write_text("---\nid: truthfulness\n---\n")
-    monkeypatch.setattr(experiments, "TRAITS", traits)
-    monkeypatch.setattr(runs, "TRAITS", traits)
     content = yaml.safe_load(QUICKSTART.read_text())
     content |= {
         "base": str(tiny_dir),
@@ -221,8 +216,6 @@ def test_an_interrupted_run_says_how_to_go_on(config, tmp_path):
         "import os, signal, threading, time, pathlib, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background shells start tests with it ignored
         f"out = pathlib.Path({str(out)!r})\n"
-        "from scripts import experiment, run\n"
-        f"experiment.TRAITS = run.TRAITS = pathlib.Path({str(tmp_path / 'traits')!r})\n"
         "def stop():\n"
         "    while not (out / 'start' / 'manifest.json').exists(): time.sleep(0.01)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from eval.generalisation_items import all_items
 from rewards.probes import load_probes
+from rewards.trait_prompts import trait_pools
 from scripts.cli import app
 from scripts.evals import check_run, evaluation_texts, training_texts
 from scripts.experiment import CHECKOUT, Experiment, load_experiment
@@ -50,6 +51,15 @@ def test_the_quickstart_leaks_nothing_into_any_alignment_task(config: Path, tmp_
 def test_every_kind_of_training_text_is_read(config: Path) -> None:
     kinds = {text.source.split()[0] for text in training_texts(experiment(config))}
     assert kinds == {"probe", "pair", "warm-start", "standard", "scenario"}
+
+
+def test_the_texts_are_those_of_the_sources_that_are_asked(config: Path) -> None:
+    two = load_experiment(QUICKSTART.with_name("two-traits.yaml"), [*SMALL, "train.max_steps=2"])
+    pool = trait_pools("corrigibility", ["health"], "train", 0).conduct
+    wanted = {text for probe in pool for text in (probe.question, probe.right, *(said for _, said in probe.history))}
+    assert wanted <= {text.text for text in training_texts(two)}
+    knowledge = {text.source for text in training_texts(experiment(config))}
+    assert not any(f"probe {probe.id}" in knowledge for probe in pool)  # the quickstart asks none of these
 
 
 def test_a_limit_takes_the_items_that_a_run_takes(config: Path) -> None:

@@ -65,6 +65,12 @@ def test_every_shipped_experiment_is_valid():
         ("reward.trait=truthfullness", ["reward.trait = 'truthfullness'", "did you mean truthfulness?"]),
         ("reward.domains=[helth]", ["reward.domains = 'helth'", "did you mean health?"]),
         (
+            "reward.domains=[astronomy]",
+            ["reward.domains = ['astronomy']", "truthfulness has no training prompt", "probes: everyday, health;"],
+        ),
+        ("reward.prompts={conduct: 0}", ["reward.prompts", "every share is 0"]),
+        ("reward.prompts={chats: 1}", ["unknown key reward.prompts.chats = 1", "probes, conduct, scenarios"]),
+        (
             "eval.suites.capability.file=configs/suites/none.yaml",
             ["capability.file = 'configs/suites/none.yaml'", "no such"],
         ),

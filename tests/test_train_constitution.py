@@ -21,7 +21,7 @@ from scripts.constitution import constitution_parts, run_texts, training_texts
 from scripts.experiment import CHECKOUT, Experiment, load_experiment
 from scripts.stages import run_stage
 from tests.children import finish, fork
-from tests.conftest import STANDARD
+from tests.conftest import REWARD, STANDARD
 from train.config import TrainConfig
 from train.constitution_config import PARTS, ConstitutionConfig, allowance
 from train.fine_tune import fine_tune, prefer_revisions, supervised_examples
@@ -176,7 +176,7 @@ def test_feedback_asks_other_prompts_than_the_revisions(run: tuple[Experiment, P
     pairs = pd.read_parquet(folder / "feedback" / "pairs.parquet")
     assert {"prompt", "answer", "critique", "principle", "revision", "kept", "why"} <= set(revisions)
     assert {"prompt", "first", "second", "label", "principles", "votes"} <= set(pairs)
-    asked = trait_prompts(int(pairs["position"].max()) + 1, 0, experiment.reward.domains)
+    asked = trait_prompts(int(pairs["position"].max()) + 1, 0, experiment.reward)
     assert [asked[k]["prompt_id"] for k in revisions["position"]] == list(revisions["prompt_id"])
     assert [asked[k]["prompt_id"] for k in pairs["position"]] == list(pairs["prompt_id"])
     assert pairs["position"].min() == revisions["position"].max() + 1
@@ -265,7 +265,7 @@ def revise(start: Path, out: Path, allowed: float, before: Callable[[], None] = 
         def first(texts: Sequence[str]) -> list[bool]:
             return [i == 0 for i in range(len(texts))]
 
-        ledger = sample_revisions(cfg, train, constitution, ["health"], start, out, 0, allowed, first)
+        ledger = sample_revisions(cfg, train, constitution, REWARD, start, out, 0, allowed, first)
         (out / "ledger.json").write_text(json.dumps(ledger))
 
     return fork(work)

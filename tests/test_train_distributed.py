@@ -98,7 +98,7 @@ def test_an_arm_of_two_processes_is_that_of_one_also_after_a_kill(tiny_stages: P
 
 def test_ppo_in_two_processes_ends_as_in_one(tiny_stages: Path, tmp_path: Path) -> None:
     """Policy and critic: advantages are whitened over both, and tokens weigh alike wherever they are."""
-    settings = {"algorithm": "ppo", "beta": 0.01, "epochs": 2, "max_new_tokens": 24, "max_steps": 2}
+    settings = {"algorithm": "ppo", "beta": 0.01, "epochs": 2, "max_new_tokens": 48, "max_steps": 2}
     config = TrainConfig.model_validate(TRAIN.model_dump() | settings)
     assert finish(fork(lambda: train_arm(tiny_stages, tmp_path / "one", config))) is None
     finish_all(fork_group(lambda: train_arm(tiny_stages, tmp_path / "two", config)))

@@ -6,7 +6,6 @@ Bai et al. 2022 (arXiv 2212.08073), sections 4.1 and 4.2, with the policy itself
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pandas as pd
 from models.loading import best_device, load_model, load_tokenizer
 from models.replies import reply
 from rewards.ai_feedback import EndpointFeedback, Feedback, Pair, PolicyFeedback, label_pairs
+from rewards.config import RewardConfig
 from rewards.constitution import Constitution, drawn
 from rewards.preference_model import fit_preference_model, row_tokens, soft_label_row
 from rewards.reward_model import Recipe
@@ -31,7 +31,7 @@ def sample_feedback(
     cfg: ConstitutionConfig,
     train: TrainConfig,
     constitution: Constitution,
-    domains: Sequence[str],
+    reward: RewardConfig,
     start: Path,
     out: Path,
     seed: int,
@@ -52,7 +52,7 @@ def sample_feedback(
 
     def make(chunk: int) -> list[Row]:
         begin = first_position + chunk * CHUNK
-        prompts = trait_prompts(begin + CHUNK, seed, domains)[-CHUNK:]
+        prompts = trait_prompts(begin + CHUNK, seed, reward)[-CHUNK:]
         keys = [f"{seed}/feedback/{begin + i}" for i in range(CHUNK)]
         chats = [prompt["prompt"] for prompt in prompts for _ in range(2)]
         said = reply(
@@ -80,7 +80,7 @@ def sample_feedback(
         return [
             {
                 "position": begin + i,
-                **{key: prompts[i][key] for key in ("prompt_id", "task", "kind")},
+                **{key: prompts[i][key] for key in ("prompt_id", "trait", "task", "kind")},
                 "prompt": prompts[i]["prompt"][-1]["content"],
                 "messages": json.dumps(prompts[i]["prompt"]),
                 "first": said[2 * i].text,

@@ -24,6 +24,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from models.checkpoints import SealedTrainer
+from models.fused_lora import fuse_lora
+from models.merged import can_merge, merged
 from models.rollout import sample
 from models.self_check import check_trees, difference, is_exact, raised, rollout_problem
 from models.shared_prompt import (
@@ -40,6 +42,7 @@ from train.batches import padded, tree_runs, whole_rows
 Record = Callable[[int, list[dict[str, Any]], list[list[int]], list[list[int]], Tensor, Tensor], None]
 Keep = Callable[[list[dict[str, Any]]], int]
 Noise = Literal["step", "row"]
+ONE_COPY = (DistributedType.NO, DistributedType.MULTI_CPU)  # where every process holds the whole policy
 
 log = logging.getLogger("traitdose")
 
@@ -91,6 +94,11 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
         self.measure_kl = measure_kl
         self.canary = canary
         self.checked = False
+        whole = self.accelerator.unwrap_model(self.model)
+        if share:
+            fuse_lora(whole)
+        self._merges = share and self.accelerator.distributed_type in ONE_COPY and can_merge(whole)
+        self._merged: Any = None  # the policy with its adapter added, which decodes
         if share and self._entropy_bonus_enabled:
             raise ValueError("train: an entropy bonus needs entropy gradients, which prompt sharing does not compute")
 
@@ -200,7 +208,9 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
                 part.unshard()
             was_training = model.training
             model.eval()
-            yield model
+            if self._merges:
+                self._merged = merged(model, into=self._merged)
+            yield self._merged if self._merges else model
             model.train(was_training)
             for part in shards:
                 part.reshard()

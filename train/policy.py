@@ -22,6 +22,7 @@ from models.progress import silence
 from rewards.compose import reward_functions
 from rewards.config import RewardConfig
 from rewards.fit import load_reward_models
+from rewards.reward_model import RewardModel
 from train.config import ArmConfig, StandardMixConfig, TrainConfig
 from train.grpo import SharedPromptGRPOTrainer
 from train.ledger import Ledger, Passes
@@ -65,14 +66,14 @@ def train_policy(
 
     # Every arm loads the reward models: the control's monitors and memory are then those of the dose arms.
     scorers = load_reward_models(reward, reward_dir, start / "model")
-    functions = reward_functions(scorers, reward.traits)
+    functions = reward_functions(scorers)
     args = grpo_config(cfg, [weight for _, weight in functions], out, seed, report_to, run_name)
     main = args.process_index == 0
     found: list[Any] = [finished(out), latest(out / "checkpoints")] if main else [None, None]
     done, checkpoint = broadcast_object_list(found)
     if done is not None:
         return done
-    mix = build_mix(cfg.max_steps * cfg.prompts_per_step, arm.dose, seed, standard.tasks, reward.domains)
+    mix = build_mix(cfg.max_steps * cfg.prompts_per_step, arm.dose, seed, standard.tasks, reward)
     if checkpoint is not None and (ended := last_step(checkpoint)):  # nothing is left to train but to write
         args.max_steps, mix = ended, mix[: ended * cfg.prompts_per_step]
     policy = load_model(
@@ -83,7 +84,7 @@ def train_policy(
         out,
         Ledger(
             n_policy=sum(p.numel() for p in policy.parameters()),
-            n_reward=sum(p.numel() for scorer in scorers.values() for p in scorer.model.parameters()),
+            n_reward=reward_size(scorers, reward.traits),
             shared=cfg.prompt_sharing,
             passes=Passes.of(cfg),
         ),
@@ -109,6 +110,12 @@ def train_policy(
     keep_healthy(trainer, journal.ledger, start / "model")
     save_weights(trainer, out / ("adapter" if cfg.lora_rank else "model"))
     return journal.close(trainer.state.log_history)
+
+
+def reward_size(scorers: Mapping[str, RewardModel], weights: Mapping[str, float]) -> int:
+    """Parameters of the reward model that scores a trait prompt: the mean over the traits, by their weights."""
+    sizes = {trait: sum(p.numel() for p in scorer.model.parameters()) for trait, scorer in scorers.items()}
+    return round(sum(weights[trait] * size for trait, size in sizes.items()) / sum(weights.values()))
 
 
 def make_trainer(cfg: TrainConfig, journal: Journal, **common: Any) -> SharedPromptGRPOTrainer:
@@ -304,7 +311,7 @@ class Journal(TrainerCallback):
                 record = {
                     "step": step,
                     "position": i // self.group_size,
-                    **{key: row[key] for key in ("source", "task", "kind", "prompt_id")},
+                    **{key: row[key] for key in ("source", "trait", "task", "kind", "prompt_id")},
                     "prompt": row["prompt"][-1]["content"],
                     "completion": texts[i],
                     "tokens": len(completion_ids[i]),

@@ -15,6 +15,7 @@ import pandas as pd
 
 from models.loading import best_device, load_model, load_tokenizer
 from models.replies import Messages, Reply, reply
+from rewards.config import RewardConfig
 from rewards.constitution import Constitution, critique_chat, drawn, revision_chat, shown
 from rewards.revision_filter import REASONS, reason_against
 from train.config import TrainConfig
@@ -31,7 +32,7 @@ def sample_revisions(
     cfg: ConstitutionConfig,
     train: TrainConfig,
     constitution: Constitution,
-    domains: Sequence[str],
+    reward: RewardConfig,
     start: Path,
     out: Path,
     seed: int,
@@ -52,7 +53,7 @@ def sample_revisions(
         return reply(model, tokenizer, chats, keys, longest, temperature)
 
     def make(chunk: int) -> list[Row]:
-        prompts = trait_prompts((chunk + 1) * CHUNK, seed, domains)[-CHUNK:]
+        prompts = trait_prompts((chunk + 1) * CHUNK, seed, reward)[-CHUNK:]
         keys = [f"{seed}/revisions/{chunk * CHUNK + i}" for i in range(len(prompts))]
         first = say([p["prompt"] for p in prompts], keys, train.max_new_tokens, train.temperature)
         texts = [answer.text for answer in first]
@@ -75,7 +76,7 @@ def sample_revisions(
                 rows.append(
                     {
                         "position": chunk * CHUNK + i,
-                        **{key: prompt[key] for key in ("prompt_id", "task", "kind")},
+                        **{key: prompt[key] for key in ("prompt_id", "trait", "task", "kind")},
                         "prompt": prompt["prompt"][-1]["content"],
                         "messages": json.dumps(prompt["prompt"]),
                         "round": r,

@@ -16,7 +16,7 @@ import pandas as pd
 from models.loading import load_model, load_tokenizer, resolve_model
 from models.progress import ProgressCallback, silence
 from rewards.pairs import abstention
-from rewards.probes import Probe, load_probes
+from rewards.probes import Probe, load_probes, probes_of
 from train.config import WarmStartConfig
 from train.mix import standard_prompts
 
@@ -31,10 +31,12 @@ def warm_start_examples(
     Nothing comes from an evaluation family. Columns: question, answer, source.
     """
     rng = random.Random(f"warm-start/{seed}")
-    trait = [probe for domain in domains for probe in load_probes(domain, "train", seed)]
+    trait = probes_of(domains, "train", seed)
     answerable = [probe for probe in trait if probe.kind == "answerable"]
     unanswerable = [probe for probe in trait if probe.kind != "answerable"]
     n = {name: int(cfg.examples * share) for name, share in SHARES.items()}
+    for name, pool in (("answerable", answerable), ("unanswerable", unanswerable)):
+        n["everyday"] += n[name] if not pool else 0  # domains without probes
     examples = [_example(probe, probe.right) for probe in _take(answerable, n["answerable"], rng)]
     examples += [
         _example(probe, _unanswerable_answer(probe, cfg.honest_share, rng))
