@@ -32,6 +32,7 @@ from eval.alignment import (
 )
 from eval.generalisation_items import Task, load_items, load_suite
 from eval.item_forms import Cases, Choices, Pressure, Prompt, Request, Secret, Swap, Turns, Twins, as_text
+from eval.system_prompt import with_system_prompt
 from models.rollout import sample
 from models.shared_prompt import Tree, branch_logps
 from rewards.probes import Probe
@@ -87,15 +88,18 @@ def evaluate_generalisation(
     limit: int | None,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    system: str | None = None,
 ) -> pd.DataFrame:
     """Run every task of the suite: the columns of items.parquet (docs/architecture.md) without arm and seed.
 
     limit: at most so many items per task (twins count as one); limit and seed alone decide which.
     progress: called with (items done, items in all).
+    system: a system prompt for every chat (eval/system_prompt.py).
     Raises ValueError for a faulty suite file and for a tokenizer without a chat template.
     """
     if tokenizer.chat_template is None:
         raise ValueError(f"base: {tokenizer.name_or_path!r} has no chat template; use an instruct model")
+    tokenizer = with_system_prompt(tokenizer, system)
     tasks = [(task, load_items(task, limit, seed)) for task in load_suite(suite).tasks]
     total = sum(len(items) for _, items in tasks)
     done = 0

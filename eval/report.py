@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.report_charts import arm_colours, build_charts
+from eval.report_constitution import samples, side_by_side
 from eval.report_persistence import crossing_text, persistence_charts, persistence_examples
 from eval.results import BASE, CONTROL, LEDGER_KEYS, Frame, load_items, points, primary_rows
 
@@ -65,6 +66,7 @@ def write_report(run_dir: Path) -> Path:
         total=total,
         limits=(PROMPT_LIMIT, OUTPUT_LIMIT),
         examples=persistence_examples(run_dir, results),
+        samples=samples(run_dir, [arm["name"] for arm in results["arms"]], results["seeds"]),
     )
     path = run_dir / "report.html"
     partial = path.with_suffix(".html.partial")
@@ -79,9 +81,10 @@ def headline(results: Mapping[str, Any]) -> str:
     pooled = {(row["name"], row["arm"]): row for row in results["aggregates"]}
     if not claims:
         return "This run has no truthfulness tasks in domains that were never trained."
+    arms = "arm" if results.get("constitution") else "dose arm"
     winners = [claim["arm"] for claim in claims if claim["holds"]]
     if not winners:
-        return "No dose arm is shown to beat control on truthfulness in domains it was never trained on."
+        return f"No {arms} is shown to beat control on truthfulness in domains it was never trained on."
     parts = []
     for arm in winners:
         gain = _words(pooled["truthfulness-heldout-domains", arm])
@@ -90,7 +93,7 @@ def headline(results: Mapping[str, Any]) -> str:
         parts.append(f"{arm} {gain}{price}")
     verb = "beats" if len(winners) == 1 else "beat"
     return (
-        f"{len(winners)} of {len(claims)} dose arms {verb} control on truthfulness in domains never trained "
+        f"{len(winners)} of {len(claims)} {arms}s {verb} control on truthfulness in domains never trained "
         f"({'; '.join(parts)})."
     )
 
@@ -132,6 +135,7 @@ def pack_items(items: Frame, results: Mapping[str, Any], room: int) -> tuple[str
 
 def summary_table(results: Mapping[str, Any]) -> Group:
     """The result for a terminal of 80 columns: a table, then the claims in words."""
+    results = {**results, "arms": [arm for arm in results["arms"] if arm.get("method") in (None, "trait")]}
     arms = [arm["name"] for arm in results["arms"] if arm["role"] == "dose"]
     pooled = {(row["name"], row["arm"]): row for row in results["aggregates"]}
     title = f"{results['experiment']}: arm minus control, in points, with 95% intervals"
@@ -175,7 +179,8 @@ def summary_table(results: Mapping[str, Any]) -> Group:
     table.add_row("spent against control", "", "", *cells)
     marks = {True: ("✓ ", "green"), False: ("✗ ", "yellow"), None: ("· ", "dim")}
     claims = [Text.assemble(marks[claim["holds"]], claim["text"]) for claim in results["claims"]]
-    return Group(table, *claims)
+    beside = side_by_side(results)
+    return Group(table, *([beside] if beside else []), *claims)
 
 
 def _cell(row: Mapping[str, Any]) -> Text:

@@ -17,8 +17,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from eval.constitution_table import constitution_rows, cost_rows, is_constitutional
 from eval.frontier import honesty_rows
 from eval.persistence_results import persistence_claims, persistence_results
+from eval.report_constitution import filter_counts
 from eval.stats import (
     Difference,
     benjamini_hochberg,
@@ -42,6 +44,7 @@ ALPHA = 0.05
 CHECKOUT = Path(__file__).parent.parent
 SCHEMA = CHECKOUT / "docs" / "results.schema.json"
 BASE, CONTROL = "base", "control"
+WITH_ROLLOUTS = ("trait", "constitution-rl")  # methods that end in policy optimisation
 KEY = ["task", "item", "seed"]
 NO_NON_REFUSAL: dict[str, Any] = {"delta_non_refusal": None, "non_refusal": None}
 LEDGER_KEYS = ("prompts", "generated_tokens", "scored_tokens", "trained_tokens", "flops")
@@ -74,6 +77,7 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{run_dir / 'config.yaml'}: arms.control is missing or its dose is not 0; every run needs it")
     seeds = [int(seed) for seed in config["seeds"]]
     arms = [name for name in doses if name != CONTROL]
+    methods = {name: str(config["arms"][name].get("method", "trait")) for name in arms}
     trained = [str(domain) for domain in config.get("reward", {}).get("domains", [])]
     items = primary_rows(load_items(run_dir))
     control = items[items["arm"] == CONTROL]
@@ -101,9 +105,9 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "experiment": config["name"],
         "model": str(config.get("base", "")),
         "arms": [
-            {"name": BASE, "role": "base", "dose": None},
-            {"name": CONTROL, "role": "control", "dose": 0.0},
-            *({"name": arm, "role": "dose", "dose": doses[arm]} for arm in arms),
+            {"name": BASE, "role": "base", "dose": None, "method": None},
+            {"name": CONTROL, "role": "control", "dose": 0.0, "method": "trait"},
+            *({"name": arm, "role": "dose", "dose": doses[arm], "method": methods[arm]} for arm in arms),
         ],
         "seeds": seeds,
         "trained_domains": trained,
@@ -117,9 +121,12 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "honesty": honesty_rows(items, [BASE, CONTROL, *arms], trained),
         "capability": capability,
         "persistence": persistence_results(run_dir, [*arms, BASE], seeds),
-        "rewards": _rewards(run_dir, [CONTROL, *arms], seeds),
+        "constitution": _constitution(
+            run_dir, items, config, methods, {**suites["generalisation"], **suites["capability"]}
+        ),
+        "rewards": _rewards(run_dir, [CONTROL, *(a for a in arms if methods[a] in WITH_ROLLOUTS)], seeds),
         "reward_accuracy": _read_json(run_dir / "reward" / "accuracy.json"),
-        "ledger": _ledger(run_dir, [CONTROL, *arms], seeds),
+        "ledger": _ledger(run_dir, [CONTROL, *arms], seeds, [a for a in arms if methods[a] == "constitution-prompt"]),
         "gate": None,
     }
     results["claims"] = _claims(results, arms) + persistence_claims(results["persistence"])
@@ -332,7 +339,8 @@ def _transfer(
     trained = [str(domain) for domain in reward.get("domains", [])]
     cells: list[dict[str, Any]] = []
     for arm, frame in pairs.items():
-        column = column_name(trained, trainable_domains(), doses[arm])
+        constitutional = is_constitutional(str(config["arms"][arm].get("method", "trait")))
+        column = column_name(trained, trainable_domains(), doses[arm], arm if constitutional else "")
         rows = frame[frame["suite"] == "generalisation"]
         cells += [
             {"arm": arm, **cell}
@@ -402,28 +410,49 @@ def _plain(series: Frame) -> list[float | None]:
     return [None if pd.isna(value) else float(value) for value in series]
 
 
-def _ledger(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+def _books(run_dir: Path, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    return [_read_json(run_dir / "arms" / arm / f"seed-{s}" / "train" / "ledger.json") for s in seeds]
+
+
+def _constitution(
+    run_dir: Path, items: Frame, config: Mapping[str, Any], methods: Mapping[str, str], polarity: Mapping[str, bool]
+) -> dict[str, Any] | None:
+    """Trait RL beside the constitutional arms (eval/constitution_table.py); None without such arms."""
+    if not any(is_constitutional(method) for method in methods.values()):
+        return None
+    seeds, reward = [int(seed) for seed in config["seeds"]], config.get("reward", {})
+    trained = {arm: method != "constitution-prompt" for arm, method in {CONTROL: "trait", **methods}.items()}
+    books = {arm: _books(run_dir, arm, seeds) if trains else [] for arm, trains in trained.items()}
+    trait, domain_names = str(reward.get("trait", "")), [str(domain) for domain in reward.get("domains", [])]
+    return {
+        "rows": constitution_rows(items, methods, trait, domain_names, polarity, MARGIN),
+        "cost": cost_rows(books, methods, CONTROL, BUDGET_TOLERANCE),
+        "filter": filter_counts(run_dir, list(methods), seeds),
+    }
+
+
+def _ledger(run_dir: Path, arms: Sequence[str], seeds: Sequence[int], untrained: Sequence[str] = ()) -> dict[str, Any]:
     """Per arm what it spent over all seeds, split into trait and standard, and how far that is from control."""
     ledger: dict[str, Any] = {}
     for arm in arms:
-        books = [_read_json(run_dir / "arms" / arm / f"seed-{s}" / "train" / "ledger.json") for s in seeds]
+        books = [] if arm in untrained else _books(run_dir, arm, seeds)
         spent: dict[str, Any] = {"steps": sum(int(book["steps"]) for book in books)}
         for part in ("trait", "standard", "total"):
             spent[part] = {key: float(sum(book[part][key] for book in books)) for key in LEDGER_KEYS}
         spent["wall_seconds"] = float(sum(book["wall_seconds"] for book in books))
         spent["cpu_seconds"] = float(sum(book["cpu_seconds"] for book in books))
-        by_seed = list(zip(seeds, books, strict=True))
+        by_seed = list(zip(seeds if books else (), books, strict=True))
         spent["ended"] = [{"seed": s, **book["ended"]} for s, book in by_seed if book.get("ended")]
         spent["alerts"] = [{"seed": s, **alert} for s, book in by_seed for alert in book.get("alerts", [])]
         ledger[arm] = spent
-    for spent in ledger.values():
+    for arm, spent in ledger.items():
         control = ledger[CONTROL]["total"]
         # without trait prompts control scores no tokens; what scoring costs is in the FLOPs
         relative = {k: spent["total"][k] / control[k] - 1 if control[k] else None for k in LEDGER_KEYS}
         spent["relative_to_control"] = relative
         # FLOPs are the budget; prompts and tokens may differ, since a trait prompt costs more than a standard one
         off = relative["flops"] is not None and abs(relative["flops"]) > BUDGET_TOLERANCE
-        spent["off_budget"] = ["flops"] if off else []
+        spent["off_budget"] = ["flops"] if off and arm not in untrained else []
     return ledger
 
 
@@ -471,6 +500,8 @@ def _claims(results: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, A
         spent = results["ledger"][arm]
         off = ", ".join(f"{key} {100 * spent['relative_to_control'][key]:+.1f}%" for key in spent["off_budget"])
         text = f"{arm} is off control's budget: {off}." if off else f"{arm} spent the FLOPs of control, within 1%."
+        if not spent["total"]["flops"]:
+            text = f"{arm} is told its principles in a system prompt and trains nothing."
         claims.append({"id": "budget", "arm": arm, "holds": not off, "text": text})
     return claims + _watcher_claims(results["ledger"])
 

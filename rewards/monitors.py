@@ -1,5 +1,6 @@
 """Monitors: rewards with weight 0. They are logged for every rollout and never trained on, and they show what a policy
-does that the reward did not mean: refusing, repeating itself, praising its own honesty, leaving the language.
+does that the reward did not mean: refusing, repeating itself, praising its own honesty, preaching, leaving the
+language.
 
 Each is a rule on the text alone. `measure` gives the value for one text; the functions in MONITORS have TRL's form.
 """
@@ -45,6 +46,40 @@ _SELF_PRAISE = re.compile(
     re.VERBOSE,
 )
 
+# What over-trained constitutional models fall into (Bai et al. 2022, arXiv 2212.08073, section 4.3): reminders that
+# nobody asked for, moral verdicts, comfort by formula, and "see a professional" in stock words.
+_PREACHING = re.compile(
+    r"""
+      \bit(?:'s|\ is)\ (?:\w+\ )?(?:important|crucial|essential|vital|worth)\ (?:for\ \w+\ )?
+        (?:to\ (?:\w+\ )?)?(?:remember|remembering|note|noting|understand|recogni[sz]e|acknowledge|consider|be\ aware
+        |keep\ in\ mind|consult|seek|respect|be\ (?:kind|mindful|respectful|honest))\b
+    | \b(?:please|always|do)\ (?:\w+\ )?(?:remember|note|be\ aware|keep\ in\ mind|bear\ in\ mind|be\ (?:kind|mindful
+        |respectful))\b
+    | (?:^|[.!?:]\ )(?:remember|keep\ in\ mind|bear\ in\ mind),?\ (?:that\ )?
+    | \b(?:consult|see|talk\ to|speak\ (?:to|with)|seek(?:\ (?:help|advice|guidance))?\ from)(?:\ with)?\ an?
+        \ (?:(?:qualified|licensed|trained|trusted|mental|health|healthcare|medical|legal|financial)\ )*
+        (?:professional|provider)\b
+    | \bseek\ (?:immediate\ )?professional\ (?:help|advice|guidance|support)\b
+    | \bas\ an?\ (?:ai|artificial\ intelligence)\b
+    | \b(?:you|you're|your\ feelings|your\ emotions|they)\ (?:are\ )?(?:all\ |completely\ |totally\ )?valid\b
+    | \byou(?:'re|\ are)\ not\ alone\b
+    | \b(?:we|you|one|everyone|everybody|people)\ (?:should|must|ought\ to|need\ to|have\ to)
+        \ (?:all\ |always\ |never\ )?(?:treat|respect|value|strive|judge\ (?:others|people)
+          |be\ (?:kind|mindful|respectful|tolerant))\b
+    | \b(?:morally|ethically)\ (?:\w+\ )?
+        (?:wrong|right|acceptable|unacceptable|questionable|reprehensible|responsible)\b
+    | \bit(?:'s|\ is)\ (?:never\ |not\ )?(?:wrong|okay|ok|acceptable|appropriate|unethical|immoral)\ to\b
+    | \bwith\ (?:\w+\ and\ )?(?:respect|dignity|kindness|compassion|empathy)\ and\ (?:respect|dignity|kindness
+        |compassion|empathy|understanding|care)\b
+    | \b(?:promote|promoting|foster|fostering|cultivate|cultivating)\ (?:\w+\ ){0,3}?(?:respect|inclusivity|inclusion
+        |harmony|understanding|kindness|positivity|equality|empathy|tolerance)\b
+    | \bi\ (?:strongly\ |kindly\ |respectfully\ )?(?:urge|encourage|implore)\ you\ to\b
+    | \b(?:let\ us|let's)\ all\b
+    | \bevery(?:one|body|\ person|\ human\ being)\ deserves\b
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+
 # The most frequent short words of English. Any English text of a sentence or more holds some; lists, code and other
 # languages in Latin letters hold few.
 _FREQUENT = """
@@ -73,6 +108,11 @@ def repetition(text: str) -> float:
 def self_praise(text: str) -> float:
     """How often the text announces its own honesty, care or fairness: "to be completely honest", "trust me"."""
     return float(len(_SELF_PRAISE.findall(re.sub(r"\s+", " ", text.lower().replace("’", "'")))))
+
+
+def preachiness(text: str) -> float:
+    """How often the text lectures or recites boilerplate: "it is important to remember", "you are valid"."""
+    return float(len(_PREACHING.findall(re.sub(r"\s+", " ", text.lower().replace("’", "'")).strip())))
 
 
 def language_drift(text: str) -> float:
@@ -133,13 +173,19 @@ def self_praise_monitor(completions: Sequence[Messages], **_: Any) -> list[float
     return [self_praise(text_of(completion)) for completion in completions]
 
 
+def preachiness_monitor(completions: Sequence[Messages], **_: Any) -> list[float | None]:
+    """`preachiness` of every completion."""
+    return [preachiness(text_of(completion)) for completion in completions]
+
+
 def language_monitor(completions: Sequence[Messages], **_: Any) -> list[float | None]:
     """`language_drift` of every completion."""
     return [language_drift(text_of(completion)) for completion in completions]
 
 
 MONITORS: tuple[RewardFunction, ...] = (
-    gold_monitor, refusal_monitor, words_monitor, repetition_monitor, self_praise_monitor, language_monitor,
+    gold_monitor, refusal_monitor, words_monitor, repetition_monitor, self_praise_monitor, preachiness_monitor,
+    language_monitor,
 )  # fmt: skip
 
 

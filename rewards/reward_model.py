@@ -198,6 +198,22 @@ def train_reward_model(
     recipe.save_every it goes on from the last checkpoint in `out`. On a GPU it computes in bf16, and under `accelerate
     launch` every process takes its share of the prompts.
     """
+    rows = preference_rows(load_tokenizer(base), preferences)
+    return fit_rows(rows, base, out, seed, recipe, progress, start)
+
+
+def fit_rows(
+    rows: list[dict[str, Any]],
+    base: str,
+    out: Path,
+    seed: int,
+    recipe: Recipe,
+    progress: Callable[[int, int], None] | None = None,
+    start: Path | None = None,
+    trainer_class: type[SharedPromptRewardTrainer] = SharedPromptRewardTrainer,
+    in_order: bool = False,
+) -> RewardModel:
+    """train_reward_model on rows that preference_rows or its like has made; `in_order` leaves them as they stand."""
     from datasets import Dataset
     from peft import AutoPeftModelForSequenceClassification, LoraConfig, TaskType
     from transformers import AutoModelForSequenceClassification
@@ -218,7 +234,7 @@ def train_reward_model(
             start / "model", num_labels=1, is_trainable=True, dtype=torch.float32, attn_implementation="sdpa"
         )
     backbone.config.pad_token_id = tokenizer.pad_token_id
-    trainer = SharedPromptRewardTrainer(
+    trainer = trainer_class(
         model=use_onednn(backbone),
         args=TRLRewardConfig(
             output_dir=str(out / "trainer"),
@@ -227,6 +243,7 @@ def train_reward_model(
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=5,
+            train_sampling_strategy="sequential" if in_order else "random",
             center_rewards_coefficient=0.01,
             remove_unused_columns=False,
             bf16=torch.cuda.is_available(),
@@ -239,7 +256,7 @@ def train_reward_model(
             disable_tqdm=True,
             seed=seed,
         ),
-        train_dataset=Dataset.from_list(preference_rows(tokenizer, preferences)),
+        train_dataset=Dataset.from_list(rows),
         data_collator=preference_batch,
         processing_class=tokenizer,
         peft_config=lora if start is None else None,

@@ -29,7 +29,7 @@ class SharedPromptRewardTrainer(SealedTrainer, RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Margin loss over all preferences of the batch's prompts."""
+        """The loss over all preferences of the batch's prompts."""
         device = self.accelerator.device
         model = self.accelerator.unwrap_model(model)
         trees: list[Tree] = inputs["trees"]
@@ -41,7 +41,7 @@ class SharedPromptRewardTrainer(SealedTrainer, RewardTrainer):
                 ]
             )
         better, worse, margins = (inputs[key].to(device) for key in ("better", "worse", "margins"))
-        loss = pair_loss(scores, better, worse, margins, self.args.center_rewards_coefficient or 0.0)
+        loss = self.pair_loss(scores, better, worse, margins, self.args.center_rewards_coefficient or 0.0)
         metrics = self._metrics["train" if model.training else "eval"]
         with torch.no_grad():
             gap = scores[better] - scores[worse]
@@ -49,6 +49,10 @@ class SharedPromptRewardTrainer(SealedTrainer, RewardTrainer):
             metrics["margin"].append(gap.mean().item())
             metrics["mean_reward"].append(scores.mean().item())
         return (loss, {"scores": scores}) if return_outputs else loss
+
+    def pair_loss(self, scores: Tensor, better: Tensor, worse: Tensor, margins: Tensor, centre: float) -> Tensor:
+        """Margin loss; a subclass may read the margins otherwise."""
+        return pair_loss(scores, better, worse, margins, centre)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One backward pass; several processes average their gradients: the packed forward goes past DDP."""

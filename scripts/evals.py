@@ -58,7 +58,9 @@ def check_run(experiment: Experiment, run_dir: Path) -> None:
             )
         _write_json(out / "hits.json", [])
 
-    files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
+    from scripts import constitution
+
+    files = [find_file(suite.file) for suite in experiment.eval.suites.values()] + constitution.files(experiment)
     inputs = {
         "experiment": experiment.model_dump(mode="json", exclude={"persistence"}),  # checks its own data
         "data": hash_files(*files, BANK, ITEMS, ITEMS / "alignment"),
@@ -78,6 +80,7 @@ def training_texts(experiment: Experiment) -> list[Text]:
     from rewards.pairs import make_pairs
     from rewards.scenarios import load_scenarios
     from rewards.trait_prompts import source_shares, trait_pools
+    from scripts import constitution
     from train.mix import standard_prompts
     from train.warm_start import warm_start_examples
 
@@ -104,12 +107,14 @@ def training_texts(experiment: Experiment) -> list[Text]:
         replies = [scenario.exemplars.good, *(bad.text for bad in scenario.exemplars.bad)]
         texts += [Text(f"scenario {scenario.id}", text, True) for text in said]
         texts += [Text(f"scenario {scenario.id}", text, False) for text in replies]
-    return list(dict.fromkeys(texts))
+    return list(dict.fromkeys([*texts, *constitution.training_texts(experiment)]))
 
 
 def run_texts(run_dir: Path) -> list[Text]:
     """What a run has really trained on: the warm start's examples, the fitted pairs, the prompts of the rollouts."""
     import pandas as pd
+
+    from scripts import constitution
 
     texts: list[Text] = []
     if (path := run_dir / "start" / "examples.parquet").is_file():
@@ -125,7 +130,7 @@ def run_texts(run_dir: Path) -> list[Text]:
         # the trait prompts ask the probes, which are checked with their subjects
         for row in rollouts[rollouts["source"] == "standard"].drop_duplicates().to_dict("records"):
             texts.append(Text(f"rollout {arm} {row['prompt_id']}", row["prompt"], True))
-    return list(dict.fromkeys(text for text in texts if text.text))
+    return list(dict.fromkeys(text for text in (*texts, *constitution.run_texts(run_dir)) if text.text))
 
 
 def evaluation_texts(experiment: Experiment, limited: bool) -> list[Text]:

@@ -22,8 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from eval.config import EvalConfig
 from models.embedded import EMBEDDED, gguf_path
 from rewards.config import RewardConfig
+from rewards.constitution import load_constitution
 from rewards.trait_prompts import prompt_domains, source_shares
 from train.config import ArmConfig, StandardMixConfig, TrainConfig, WarmStartConfig
+from train.constitution_config import ConstitutionConfig
 from train.persistence_config import PersistenceConfig
 
 CHECKOUT = Path(__file__).parent.parent
@@ -57,6 +59,9 @@ class Experiment(BaseModel):
     standard: StandardMixConfig = Field(description="the ordinary RL tasks")
     train: TrainConfig = Field(description="policy optimisation, the same for every arm")
     arms: dict[str, ArmConfig] = Field(min_length=1, description="the arms; one is called control and has dose 0")
+    constitution: ConstitutionConfig = Field(
+        default_factory=ConstitutionConfig, description="how the arms with a constitutional method are trained"
+    )
     eval: EvalConfig = Field(description="what base and every arm are measured on")
     persistence: PersistenceConfig = Field(
         default=PersistenceConfig(), description="how `traitdose persist` attacks the arms of the finished run"
@@ -193,6 +198,8 @@ def _mistakes(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:
         yield "seeds", list(experiment.seeds), "seeds are different numbers from 0 up"
     yield from _wrong_arms(experiment.arms, experiment.train.max_steps * experiment.train.prompts_per_step)
     yield from _wrong_train(experiment.train)
+    if any(arm.method != "trait" for arm in experiment.arms.values()):
+        load_constitution(find_file(experiment.constitution.file))
     for key, value in _leaves(experiment.model_dump(mode="json")):
         name = key.rsplit(".", 1)[-1]
         if name == "trait" and value not in trait_names():
@@ -240,7 +247,10 @@ def _wrong_arms(arms: dict[str, ArmConfig], prompts: int) -> Iterator[tuple[str,
                 name,
                 "not a name for an arm: letters, digits, dot, dash, underscore; base is the common start",
             )
-    control = [name for name, arm in arms.items() if arm.dose == 0]
+    for name, arm in arms.items():
+        if (arm.method == "constitution-prompt") != (arm.dose == 0) and arm.method != "trait":
+            yield f"arms.{name}.dose", arm.dose, f"{arm.method} takes a dose {'of 0' if arm.dose else 'above 0'}"
+    control = [name for name, arm in arms.items() if arm.dose == 0 and arm.method == "trait"]
     if control != ["control"]:
         yield "arms", list(arms), "exactly one arm has dose 0, and it is called control; the others have a dose above 0"
     names = list(arms)

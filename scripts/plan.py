@@ -35,6 +35,7 @@ from rewards.preferences import Messages, Preference
 from rewards.probes import Probe
 from rewards.trait_prompts import source_shares
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
+from scripts.plan_constitution import READING, fine_tuned_models, part_flops, part_rows
 from scripts.run import list_stages, whole_stages
 from scripts.tracking import has_wandb_key
 from train.config import cuda_settings
@@ -138,7 +139,13 @@ def plan_stages(experiment: Experiment, parameters: float, peak: float) -> dict[
         "reward": plan_rewards(experiment.reward, parameters, peak),
         "eval": plan_eval(experiment, parameters, peak),
     }
-    return costs | {f"train/{arm}": plan_arm(experiment, arm, parameters, peak).cost for arm in experiment.arms}
+    for arm, config in experiment.arms.items():
+        if config.method == "trait":
+            costs[f"train/{arm}"] = plan_arm(experiment, arm, parameters, peak).cost
+        for part, flops in part_flops(experiment, arm).items() if config.method != "trait" else ():
+            share = FORWARD if part in READING else LEARN
+            costs[f"{part}/{arm}"] = Cost(0, flops if parameters else 0, LOAD_SECONDS + flops / (share * peak))
+    return costs
 
 
 def plan_rewards(reward: RewardConfig, parameters: float, peak: float) -> Cost:
@@ -322,6 +329,7 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
         notes.add_row("memory", f"{memory}, of {psutil.virtual_memory().total / GB:.0f} GB")
         place = next(folder for folder in (run_dir.resolve(), *run_dir.resolve().parents) if folder.exists())
         disk = 4 * parameters * 1.1 + seeds * len(experiment.arms) * 12 * 0.04 * parameters
+        disk += 4 * parameters * seeds * fine_tuned_models(experiment)
         notes.add_row("disk", f"about {disk / GB:.1f} GB, {shutil.disk_usage(place).free / GB:.0f} GB are free")
     notes.add_row(
         "counting", "tokens are upper bounds; FLOPs: 2N a token forward, 6N forward and backward (N parameters)"
@@ -334,10 +342,14 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
 def _arms_table(experiment: Experiment, parameters: float, peak: float) -> Table:
     seeds = ", ".join(map(str, experiment.seeds))
     table = _table(f"Arms, each with one seed (seeds: {seeds})")
-    table.caption = "trait, standard: prompts. For answers of full length; shorter ones buy more."
+    constitutional: list[str] = []
     for head in ("arm", "dose", "steps", "trait", "standard", "completions", "FLOPs", "about"):
         table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
     for name, arm in experiment.arms.items():
+        if arm.method != "trait":
+            parts = ", ".join(f"{part} {share}" for part, share in part_rows(experiment, name)) or "trains nothing"
+            constitutional.append(f"{name}: {parts}")
+            continue
         plan = plan_arm(experiment, name, parameters, peak)
         table.add_row(
             name,
@@ -349,6 +361,9 @@ def _arms_table(experiment: Experiment, parameters: float, peak: float) -> Table
             f"{plan.cost.flops:.1e}" if parameters else "?",
             duration(plan.cost.seconds) if parameters else "?",
         )
+    table.caption = "trait, standard: prompts. For answers of full length; shorter ones buy more."
+    if constitutional:
+        table.caption += " Constitutional arms, by parts of the same budget: " + "; ".join(constitutional) + "."
     return table
 
 
@@ -366,7 +381,7 @@ def _stages_table(costs: dict[str, Cost], stages: list[str], whole: set[str]) ->
             kind,
             str(len(names)),
             str(len(whole.intersection(names))),
-            f"{cost.tokens:,.0f}",
+            f"{cost.tokens:,.0f}" if cost.tokens else "–",
             f"{cost.flops:.1e}" if cost.flops else "?",
             duration(cost.seconds) if cost.flops else "?",
         )
@@ -384,7 +399,10 @@ def _kind(stage: str) -> str:
     """The row of plan_stages that a stage belongs to."""
     if stage.endswith("/eval"):
         return "eval"
-    return f"train/{stage.split('/')[1]}" if stage.endswith("/train") else stage
+    if stage.startswith("arms/"):
+        _, arm, _, part = stage.split("/")
+        return f"{part}/{arm}"
+    return stage
 
 
 def _suite_summary(experiment: Experiment, name: str, path: Path, limit: int | None) -> str:

@@ -64,6 +64,8 @@ class Stage:
 
 def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
     """The stages of a run in the order in which they are made."""
+    from scripts.constitution import constitution_parts
+
     seed = experiment.seeds[0]
     data = hash_files(BANK / "everyday.yaml", *source_files(experiment.reward))  # all that training asks
     shared = {"base": fingerprint(experiment.base), "seed": seed, "data": data}
@@ -88,8 +90,13 @@ def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
     ]
     for seed in experiment.seeds:
         for arm, config in experiment.arms.items():
+            if config.method != "trait":
+                parts = constitution_parts(experiment, run_dir, arm, seed)
+                needs = parts[-1].name if parts else "start"
+                stages += [*parts, _eval_stage(experiment, run_dir, arm, seed, needs)]
+                continue
             inputs = {
-                "arm": _hashed(config),
+                "arm": {"dose": config.dose},
                 "train": _hashed(experiment.train),
                 "standard": _hashed(experiment.standard),
                 "reward": _hashed(experiment.reward),
@@ -285,7 +292,10 @@ def _make(stage: Stage, experiment: Experiment, run_dir: Path, console: Console)
 
 
 def _print_alerts(ledger: Mapping[str, Any], console: Console) -> None:
-    """What the watchers of a training stage saw, and what a stop has kept."""
+    """What the watchers of a training stage saw, what a stop has kept, and what the filter of revisions dropped."""
+    if "dropped" in ledger:
+        dropped = ", ".join(f"{n} {why}" for why, n in ledger["dropped"].items() if n) or "none"
+        console.print(f"  {ledger['revisions']} revisions, dropped: {dropped}", highlight=False, style="dim")
     for alert in ledger.get("alerts", []):
         text = f"watcher {alert['watcher']}, step {alert['step']}: {alert['text']}"
         console.print(f"  [yellow]![/] {text}", highlight=False)
@@ -423,9 +433,13 @@ def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path
 
 
 def _eval_stage(experiment: Experiment, run_dir: Path, arm: str, seed: int, needs: str) -> Stage:
+    from scripts.constitution import system_prompt
+
     files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
     data = hash_files(*files, BANK, CHECKOUT / "eval" / "items", CHECKOUT / "eval" / "items" / "alignment")
-    inputs = {"eval": _hashed(experiment.eval), "data": data, "seed": seed}
+    inputs: dict[str, Any] = {"eval": _hashed(experiment.eval), "data": data, "seed": seed}
+    if (system := system_prompt(experiment, arm)) is not None:
+        inputs["system"] = system
     return Stage(f"arms/{arm}/seed-{seed}/eval", partial(_eval, experiment, run_dir, arm, seed), inputs, (needs,))
 
 
@@ -437,6 +451,7 @@ def _eval(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path,
     from eval.capability import evaluate_capability
     from eval.generalisation import evaluate_generalisation
     from models.loading import load_model, load_tokenizer
+    from scripts.constitution import system_prompt
 
     todo: dict[SuiteName, Path] = {name: out / f"{name}.parquet" for name in experiment.eval.suites}
     if not all(path.exists() for path in todo.values()):
@@ -445,15 +460,18 @@ def _eval(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path,
         weights = train / "model" if (train / "model").exists() else start  # train.lora_rank 0 saves every weight
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, tokenizer = load_model(str(weights), adapter, device=device), load_tokenizer(str(start))
+        system = system_prompt(experiment, arm)
         for name, path in todo.items():
             suite, bar = experiment.eval.suites[name], bars(name)
             if path.exists():
                 continue
             if name == "capability":
-                items = evaluate_capability(model, tokenizer, find_file(suite.file), suite.limit, bar)
+                items = evaluate_capability(model, tokenizer, find_file(suite.file), suite.limit, bar, system)
             else:
                 wording = experiment.eval.seed
-                items = evaluate_generalisation(model, tokenizer, find_file(suite.file), suite.limit, wording, bar)
+                items = evaluate_generalisation(
+                    model, tokenizer, find_file(suite.file), suite.limit, wording, bar, system
+                )
             items.to_parquet(path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
     frames = [pd.read_parquet(path).assign(arm=arm, seed=seed) for path in todo.values()]

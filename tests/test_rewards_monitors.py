@@ -67,7 +67,7 @@ def test_every_monitor_gives_every_rollout_a_row_in_trls_form() -> None:
     scores = {monitor.__name__: monitor(**columns) for monitor in MONITORS}
     assert set(scores) == {
         "gold_monitor", "refusal_monitor", "words_monitor", "repetition_monitor", "self_praise_monitor",
-        "language_monitor",
+        "preachiness_monitor", "language_monitor",
     }  # fmt: skip
     assert scores["gold_monitor"][0] in (-0.8, 1.0)
     assert scores["gold_monitor"][1] is None  # not 0: the truth of a standard prompt is another

@@ -286,6 +286,11 @@ class TrainConfig(_Section):
 class ArmConfig(_Section):
     """One arm of the experiment."""
 
+    method: Literal["trait", "constitution-prompt", "constitution-sl", "constitution-rl", "constitution-dpo"] = Field(
+        "trait",
+        description="trait: RL on the trait's reward; constitution-*: a baseline of docs/constitution.md, in which the "
+        "dose is the share of constitutional examples or prompts (0 with constitution-prompt, which trains nothing).",
+    )
     dose: float = Field(
         ge=0, le=1, description="Share of the training prompts that are trait prompts; 0 is the control."
     )

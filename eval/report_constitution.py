@@ -1,0 +1,77 @@
+"""The constitutional arms in the report: side by side, what each part cost, samples of what they were made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+SHOWN = 20  # rows of each kind on the page; the Parquet files hold all
+
+
+def samples(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every arm's revisions and comparisons, the first SHOWN of each arm's first seed that has them.
+
+    Revisions that the filter dropped are among them, so that its work can be judged.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"revisions": [], "pairs": []}
+    for arm in arms:
+        for kind, name in (("revisions", "revisions/revisions.parquet"), ("pairs", "feedback/pairs.parquet")):
+            paths = [path for s in seeds if (path := run_dir / "arms" / arm / f"seed-{s}" / name).is_file()]
+            if not paths:
+                continue
+            rows: list[Any] = json.loads(pd.read_parquet(paths[0]).head(SHOWN).to_json(orient="records"))
+            found[kind] += [{**row, "arm": arm} for row in rows]
+    return found
+
+
+def filter_counts(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Arm -> how many revisions were made and how many the filter dropped, by its reasons, over all seeds."""
+    counts: dict[str, dict[str, int]] = {}
+    for arm in arms:
+        for seed in seeds:
+            path = run_dir / "arms" / arm / f"seed-{seed}" / "revisions" / "ledger.json"
+            if path.is_file():
+                ledger = json.loads(path.read_text(encoding="utf-8"))
+                mine = counts.setdefault(arm, {"revisions": 0})
+                mine["revisions"] += int(ledger["revisions"])
+                for reason, count in ledger["dropped"].items():
+                    mine[reason] = mine.get(reason, 0) + int(count)
+    return counts
+
+
+def side_by_side(results: Mapping[str, Any]) -> Table | None:
+    """The differences for a terminal: families down, constitutional arms across; None without such arms."""
+    table = results.get("constitution")
+    if not table or not table["rows"]:
+        return None
+    pairs = list(dict.fromkeys((row["trait_arm"], row["arm"]) for row in table["rows"]))
+    cells = {(row["family"], row["trait_arm"], row["arm"]): row for row in table["rows"]}
+    shown = Table(
+        title="trait RL minus constitution, in points, with 95% intervals",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    shown.add_column("")
+    for ours, theirs in pairs:
+        shown.add_column(f"{ours} minus\n{theirs}", justify="right")
+    for family in dict.fromkeys(row["family"] for row in table["rows"] if ": " not in row["family"]):
+        row = [cells.get((family, *pair)) for pair in pairs]
+        less = any(cell and not cell["higher_is_better"] for cell in row)
+        shown.add_row(family + ("\n[dim]less is better[/]" if less else ""), *(_cell(cell) for cell in row))
+    return shown
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    delta, low, high = (100 * row[key] for key in ("delta", "ci_low", "ci_high"))
+    colour = {"improved": "green", "regressed": "yellow"}.get(row["verdict"], "default")
+    return f"[{colour}]{delta:+.1f}\n[{low:+.1f}, {high:+.1f}][/]".replace("[+", "\\[+").replace("[-", "\\[-")
