@@ -107,9 +107,8 @@ class AnthropicModel(ModelAPI):
     ) -> None:
         super().__init__(model_name, base_url, api_key, ["ANTHROPIC_API_KEY"], config)
         seconds = float(config.attempt_timeout or 300)
-        self._cfg = EndpointConfig(
-            model=f"anthropic/{model_name}", max_tokens=config.max_tokens or 256, timeout_seconds=seconds
-        )
+        settings = {"model": f"anthropic/{model_name}", "max_tokens": config.max_tokens or 256}
+        self._cfg = EndpointConfig.model_validate(settings | {"timeout_seconds": seconds})
         self._chats: dict[float | None, Chat] = {}  # by temperature: others may be using one that is given up
         self._opening = anyio.Lock()
 

@@ -21,6 +21,7 @@ from eval.attacks import ATTACKS, choose_attacks
 from eval.item_forms import ITEMS
 from rewards.probes import BANK
 from scripts.arms import BASE, Arm, find_arm
+from scripts.constitution import system_prompt
 from scripts.evals import evaluation_texts, find_hits
 from scripts.experiment import CHECKOUT, Experiment, find_file, load_experiment
 from scripts.persist_work import generation, ladder, make_items, prompts, targets_of
@@ -104,7 +105,7 @@ def list_attempts(experiment: Experiment, run_dir: Path) -> list[Attempt]:
         for name in arm_names(experiment):
             if name == BASE and seed != experiment.seeds[0]:
                 continue  # one start model
-            arm = find_arm(run_dir, name, seed)
+            arm = find_arm(run_dir, name, seed, system_prompt(experiment, name))
             shared = _shared_inputs(experiment, arm)
             if "prompts" in cfg.attacks:
                 inputs = {**shared, "prompts": cfg.prompts, "texts": hash_files(ATTACKS)}

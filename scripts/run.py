@@ -32,6 +32,7 @@ from rewards.hacks import BANK as HACK_BANK
 from rewards.probes import BANK
 from rewards.scenarios import BANK as SCENARIOS
 from rewards.trait_prompts import source_files, source_shares
+from scripts.arms import find_arm, load_arm
 from scripts.evals import check_run
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.processes import agree, alone, count, is_main, join, leave
@@ -446,21 +447,16 @@ def _eval_stage(experiment: Experiment, run_dir: Path, arm: str, seed: int, need
 def _eval(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path, bars: Bars) -> None:
     """Write items.parquet. Each suite is kept as it is finished, so that an interrupted evaluation goes on after it."""
     import pandas as pd
-    import torch
 
     from eval.capability import evaluate_capability
     from eval.generalisation import evaluate_generalisation
-    from models.loading import load_model, load_tokenizer
+    from models.loading import best_device
     from scripts.constitution import system_prompt
 
     todo: dict[SuiteName, Path] = {name: out / f"{name}.parquet" for name in experiment.eval.suites}
     if not all(path.exists() for path in todo.values()):
-        start, train = run_dir / "start" / "model", run_dir / "arms" / arm / f"seed-{seed}" / "train"
-        adapter = str(train / "adapter") if (train / "adapter").exists() else None
-        weights = train / "model" if (train / "model").exists() else start  # train.lora_rank 0 saves every weight
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load_model(str(weights), adapter, device=device), load_tokenizer(str(start))
         system = system_prompt(experiment, arm)
+        model, tokenizer = load_arm(find_arm(run_dir, arm, seed, system), best_device())
         for name, path in todo.items():
             suite, bar = experiment.eval.suites[name], bars(name)
             if path.exists():
