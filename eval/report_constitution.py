@@ -25,7 +25,8 @@ def samples(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[st
             paths = [path for s in seeds if (path := run_dir / "arms" / arm / f"seed-{s}" / name).is_file()]
             if not paths:
                 continue
-            rows: list[Any] = json.loads(pd.read_parquet(paths[0]).head(SHOWN).to_json(orient="records"))
+            frame: Any = pd.read_parquet(paths[0]).head(SHOWN)
+            rows: list[Any] = json.loads(frame.to_json(orient="records"))
             found[kind] += [{**row, "arm": arm} for row in rows]
     return found
 

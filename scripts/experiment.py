@@ -59,7 +59,8 @@ class Experiment(BaseModel):
     train: TrainConfig = Field(description="policy optimisation, the same for every arm")
     arms: dict[str, ArmConfig] = Field(min_length=1, description="the arms; one is called control and has dose 0")
     constitution: ConstitutionConfig = Field(
-        default_factory=ConstitutionConfig, description="how the arms with a constitutional method are trained"
+        default_factory=lambda: ConstitutionConfig.model_validate({}),
+        description="how the arms with a constitutional method are trained",
     )
     eval: EvalConfig = Field(description="what base and every arm are measured on")
 
