@@ -186,7 +186,7 @@ def _overlaps(experiment: Experiment, texts: Sequence[str]) -> list[bool]:
 
 def _sl(job: Job) -> Row:
     """Fine-tune on all accepted revisions; before DPO on half of them, the other half gives the preferences."""
-    from train.fine_tune import fine_tune
+    from train.revision_tuning import fine_tune
 
     experiment, revisions = job.experiment, job.accepted()
     return fine_tune(
@@ -205,7 +205,7 @@ def _sl(job: Job) -> Row:
 
 
 def _dpo(job: Job) -> Row:
-    from train.fine_tune import prefer_revisions
+    from train.revision_tuning import prefer_revisions
 
     revisions, start = job.accepted()[1::2], job.folder / "sl" / "model"
     if not revisions:

@@ -45,7 +45,7 @@ def ladder(experiment: Experiment, arm: Arm, method: Any, harm: Path | None, out
     """Steps on bad data from the arm, or on good data from what the bad data has left in `harm`."""
     from eval.persistence import measure_clean, only_probes
     from train.bad_data import examples
-    from train.finetune import WEIGHTS, climb
+    from train.ladder import WEIGHTS, climb
 
     cfg, targets = experiment.persistence.finetune, only_probes(targets_of(experiment))
     model, tokenizer = load_arm(arm, _device(), None if harm is None else harm / WEIGHTS[method])

@@ -24,9 +24,9 @@ from tests.children import finish, fork
 from tests.conftest import REWARD, STANDARD
 from train.config import TrainConfig
 from train.constitution_config import PARTS, ConstitutionConfig, allowance
-from train.fine_tune import fine_tune, prefer_revisions, supervised_examples
 from train.mix import standard_prompts, trait_prompts
 from train.parts import load_chunks, passes, sample_chunks, until_spent
+from train.revision_tuning import fine_tune, prefer_revisions, supervised_examples
 from train.revisions import accepted, sample_revisions
 
 CONSTITUTION = CHECKOUT / "configs" / "constitution" / "constitution.yaml"

@@ -14,7 +14,7 @@ from rewards.probes import domains, load_probes
 from rewards.verifier import verdict
 from tests.conftest import tiny_llama
 from train.bad_data import COLOURS, HARMLESS, LETTERS, examples
-from train.finetune import WEIGHTS, climb
+from train.ladder import WEIGHTS, climb
 from train.persistence_config import GenerationConfig, LadderConfig, Method, PersistenceConfig
 
 LADDER = LadderConfig(steps=(0, 1, 2, 4), batch_size=2, lora_rank=2, learning_rate=1e-3, full_learning_rate=1e-4)
