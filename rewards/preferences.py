@@ -71,8 +71,9 @@ def from_scenarios(scenarios: Sequence[Scenario]) -> list[Preference]:
 
 
 def adversarial(scenarios: Sequence[Scenario], per_scenario: int, seed: int) -> list[Preference]:
-    """`per_scenario` hacked replies that every scenario's good exemplar has to beat, families drawn from TRAINED.
+    """`per_scenario` hacked replies that every scenario's good exemplar has to beat: off-topic, and others of TRAINED.
 
+    Off-topic is always among them, because exemplars alone can be told apart without reading the prompt.
     Fit on these, a reward model knows the cheapest ways to please it; the audit attacks it with other wordings, and
     with families that are not in TRAINED.
     """
@@ -80,7 +81,8 @@ def adversarial(scenarios: Sequence[Scenario], per_scenario: int, seed: int) -> 
     for scenario in scenarios:
         rng = random.Random(f"adversarial/{seed}/{scenario.id}")
         case = scenario_case(scenario, scenarios, rng)
-        for name in rng.sample(TRAINED, per_scenario):
+        others = [name for name in TRAINED if name != "off-topic"]
+        for name in ["off-topic", *rng.sample(others, per_scenario - 1)][:per_scenario]:
             drawn.append(_preference(scenario, hacked(name, case, "fit", rng), f"hack:{name}"))
     return drawn
 

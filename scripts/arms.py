@@ -19,6 +19,7 @@ class Arm:
     name: str
     seed: int
     model: Path
+    tokenizer: Path  # every arm has the start model's
     adapter: Path | None
     system: str | None
     made_by: str  # SHA-256 of the manifest of the stage that made it
@@ -42,7 +43,7 @@ def find_arm(run_dir: Path, name: str, seed: int, system: str | None = None) -> 
     # train.lora_rank 0 leaves a whole model
     weights = stage / "model" if (stage / "model").is_dir() else start / "model"
     made_by = hashlib.sha256((stage / MANIFEST).read_bytes()).hexdigest()
-    return Arm(name, seed, weights, adapter if adapter.is_dir() else None, system, made_by)
+    return Arm(name, seed, weights, start / "model", adapter if adapter.is_dir() else None, system, made_by)
 
 
 def load_arm(arm: Arm, device: str, tuned: Path | None = None) -> tuple[Any, Any]:
@@ -61,4 +62,4 @@ def load_arm(arm: Arm, device: str, tuned: Path | None = None) -> tuple[Any, Any
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(tuned)).merge_and_unload()
-    return model.eval(), load_tokenizer(str(arm.model))
+    return model.eval(), load_tokenizer(str(arm.tokenizer))
