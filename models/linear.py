@@ -1,7 +1,7 @@
 """Linear layers on a CPU through oneDNN instead of the BLAS that torch calls for 32-bit products.
 
 `torch.nn.functional.linear` uses MKL, which on other makers' processors takes slower code paths: for a small model's
-layers oneDNN, which torch ships as well, was 1.1 to 2.2 times as fast in both directions (docs/performance.md). The
+layers oneDNN, which torch ships as well, was 1.1 to 2.3 times as fast in both directions (docs/performance.md). The
 values differ by rounding only. Everything that is not a plain 32-bit tensor on a CPU goes torch's own way.
 """
 

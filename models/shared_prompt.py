@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -56,30 +57,79 @@ class Pack:
 
 def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
     """Lay trees out in one row with their positions, their mask, and the rows that predict each branch token."""
+    _check_prompts(trees)
+    spans = _spans(trees)
+    predictors: list[int] = []
+    ends: list[int] = []
+    for span in spans:
+        first = span.start + span.prompt
+        last = first - 1
+        for n in span.branches:
+            predictors += [last, *range(first, first + n - 1)][:n]
+            ends.append(first + n - 1 if n else last)
+            first += n
+    return _lay_out(trees, spans, predictors, ends, _branch_tokens(trees), device)
+
+
+def pack_for_forward(trees: Sequence[Tree], device: torch.device | str = "cpu") -> tuple[Pack, Tensor]:
+    """Lay trees out so that every row predicts one token, as a model's own forward wants its labels.
+
+    Each branch begins with a copy of the prompt's last token, which the shared part leaves out. Returns the pack and
+    its labels, (1, T): the token that a row predicts, or -100. `targets` are as in `pack`.
+    """
+    _check_prompts(trees)
+    headed = [Tree(tree.prompt[:-1], [tree.prompt[-1:] + branch for branch in tree.branches]) for tree in trees]
+    spans = _spans(headed)
+    predictors: list[int] = []
+    ends: list[int] = []
+    for span in spans:
+        first = span.start + span.prompt
+        for n in span.branches:
+            predictors += range(first, first + n - 1)
+            ends.append(first + n - 1)
+            first += n
+    packed = _lay_out(headed, spans, predictors, ends, _branch_tokens(trees), device)
+    packed = replace(packed, lengths=[[len(branch) for branch in tree.branches] for tree in trees])
+    labels_T = torch.full_like(packed.input_ids, -100)
+    labels_T[0, packed.predictors] = packed.targets
+    return packed, labels_T
+
+
+def _check_prompts(trees: Sequence[Tree]) -> None:
+    if not all(tree.prompt for tree in trees):
+        raise ValueError("a tree needs a prompt of at least one token: its last token predicts every branch's first")
+
+
+def _branch_tokens(trees: Sequence[Tree]) -> list[int]:
+    return [token for tree in trees for branch in tree.branches for token in branch]
+
+
+def _spans(trees: Sequence[Tree]) -> list[Span]:
+    """Where each tree lies when they stand one after the other."""
+    starts = accumulate((len(tree) for tree in trees), initial=0)
+    sizes = [[len(branch) for branch in tree.branches] for tree in trees]
+    return [Span(start, len(tree.prompt), n) for start, tree, n in zip(starts, trees, sizes, strict=False)]
+
+
+def _lay_out(
+    trees: Sequence[Tree],
+    spans: list[Span],
+    predictors: list[int],
+    ends: list[int],
+    targets: list[int],
+    device: torch.device | str,
+) -> Pack:
+    """The pack of trees that lie as `spans` say; a prompt may be empty."""
     ids: list[int] = []
     positions: list[int] = []
     tree_of: list[int] = []
     branch_of: list[int] = []
-    predictors: list[int] = []
-    ends: list[int] = []
-    targets: list[int] = []
-    spans: list[Span] = []
     for t, tree in enumerate(trees):
-        _check_prompt(tree)
         n = len(tree.prompt)
-        spans.append(Span(len(ids), n, [len(branch) for branch in tree.branches]))
-        last = len(ids) + n - 1
-        ids += tree.prompt
-        positions += range(n)
-        branch_of += [PROMPT] * n
-        for b, branch in enumerate(tree.branches):
-            start = len(ids)
-            ids += branch
-            positions += range(n, n + len(branch))
-            branch_of += [b] * len(branch)
-            predictors += [last, *range(start, start + len(branch) - 1)][: len(branch)]
-            targets += branch
-            ends.append(len(ids) - 1 if branch else last)
+        for b, (part, begin) in enumerate([(tree.prompt, 0), *((branch, n) for branch in tree.branches)], start=PROMPT):
+            ids += part
+            positions += range(begin, begin + len(part))
+            branch_of += [b] * len(part)
         tree_of += [t] * len(tree)
     return Pack(
         input_ids=torch.tensor([ids], device=device),
@@ -88,59 +138,9 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
         predictors=torch.tensor(predictors, dtype=torch.long, device=device),
         ends=torch.tensor(ends, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
-        lengths=[[len(branch) for branch in tree.branches] for tree in trees],
+        lengths=[span.branches for span in spans],
         spans=spans,
     )
-
-
-def pack_for_forward(trees: Sequence[Tree], device: torch.device | str = "cpu") -> tuple[Pack, Tensor]:
-    """Lay trees out so that every row predicts one token, as a model's own forward wants its labels.
-
-    Each branch begins with a copy of the prompt's last token, which the shared part leaves out. Returns the pack and
-    its labels, (1, T): the token that a row predicts, or -100. `predictors` and `targets` are as in `pack`.
-    """
-    ids: list[int] = []
-    positions: list[int] = []
-    tree_of: list[int] = []
-    branch_of: list[int] = []
-    predictors: list[int] = []
-    ends: list[int] = []
-    labels: list[int] = []
-    spans: list[Span] = []
-    for t, tree in enumerate(trees):
-        _check_prompt(tree)
-        start, n = len(ids), len(tree.prompt) - 1
-        spans.append(Span(start, n, [1 + len(branch) for branch in tree.branches]))
-        ids += tree.prompt[:-1]
-        positions += range(n)
-        branch_of += [PROMPT] * n
-        labels += [-100] * n
-        for b, branch in enumerate(tree.branches):
-            predictors += range(len(ids), len(ids) + len(branch))
-            ids += [tree.prompt[-1], *branch]
-            positions += range(n, n + 1 + len(branch))
-            branch_of += [b] * (1 + len(branch))
-            labels += [*branch, -100]
-            ends.append(len(ids) - 1)
-        tree_of += [t] * (len(ids) - start)
-    labels_T = torch.tensor([labels], device=device)
-    predictors_N = torch.tensor(predictors, dtype=torch.long, device=device)
-    packed = Pack(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        mask=_visible(tree_of, branch_of, device),
-        predictors=predictors_N,
-        ends=torch.tensor(ends, dtype=torch.long, device=device),
-        targets=labels_T[0, predictors_N],
-        lengths=[[len(branch) for branch in tree.branches] for tree in trees],
-        spans=spans,
-    )
-    return packed, labels_T
-
-
-def _check_prompt(tree: Tree) -> None:
-    if not tree.prompt:
-        raise ValueError("a tree needs a prompt of at least one token: its last token predicts every branch's first")
 
 
 def _visible(tree_of: list[int], branch_of: list[int], device: torch.device | str) -> Tensor:

@@ -24,6 +24,7 @@ from models.checkpoints import latest
 from models.linear import use_onednn
 from models.loading import best_device, load_model, load_tokenizer, resolve_model
 from models.progress import ProgressCallback, silence
+from models.replies import encode
 from models.rollout import sample
 from models.shared_prompt import Tree, fill, pack
 from rewards.config import PROBE_TRAIT, RewardConfig
@@ -161,16 +162,9 @@ def own_answers(policy: str, probes: Sequence[Probe], n: int, seed: int) -> dict
         return {}
     model: Any = load_model(policy, device=best_device())
     tokenizer: Any = load_tokenizer(policy)
-    prompts = [
-        tokenizer(
-            tokenizer.apply_chat_template(probe.messages, tokenize=False, add_generation_prompt=True),
-            add_special_tokens=False,
-        )["input_ids"]
-        for probe in probes
-    ]
     completions = sample(
         model,
-        prompts,
+        [encode(tokenizer, probe.messages) for probe in probes],
         group_size=n,
         max_new_tokens=OWN_TOKENS,
         eos_ids=[tokenizer.eos_token_id],

@@ -19,8 +19,7 @@ from rewards.trait_prompts import source_files
 from scripts.evals import evaluation_texts, find_hits
 from scripts.experiment import Experiment, find_file
 from scripts.processes import is_main
-from scripts.run import SETTINGS_ONLY, Bars, Stage
-from scripts.stages import hash_files
+from scripts.stages import SETTINGS_ONLY, Bars, Stage, hash_files
 from scripts.tracking import run_name, tracked
 from train.constitution_config import PARTS, allowance
 

@@ -25,8 +25,8 @@ from scripts.constitution import system_prompt
 from scripts.evals import evaluation_texts, find_hits
 from scripts.experiment import CHECKOUT, Experiment, find_file, load_experiment
 from scripts.persist_work import generation, ladder, make_items, prompts, targets_of
-from scripts.run import Bars, make_bars, make_report, set_environment
-from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, run_stage, write_text
+from scripts.run import make_bars, make_report, set_environment
+from scripts.stages import MANIFEST, Bars, hash_files, is_whole, lock_run, run_stage, write_text
 
 CONTROL = "control"
 

@@ -10,7 +10,7 @@ from typing import Any
 from eval.attacks import choose_attacks
 from scripts.arms import Arm, load_arm
 from scripts.experiment import Experiment, find_file
-from scripts.run import Bars
+from scripts.stages import Bars
 
 
 def make_items(arm: Arm, work: Callable[[Path, Bars], None], out: Path, bars: Bars) -> None:

@@ -10,9 +10,8 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,18 +32,24 @@ from rewards.probes import BANK
 from rewards.scenarios import BANK as SCENARIOS
 from rewards.trait_prompts import source_files, source_shares
 from scripts.arms import find_arm, load_arm
+from scripts.constitution import constitution_parts, system_prompt
 from scripts.evals import check_run
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.processes import agree, alone, count, is_main, join, leave
-from scripts.stages import MANIFEST, hash_files, is_whole, lock_run, run_stage, write_text
+from scripts.stages import (
+    MANIFEST,
+    SETTINGS_ONLY,
+    Bars,
+    Callback,
+    Stage,
+    hash_files,
+    is_whole,
+    lock_run,
+    run_stage,
+    write_text,
+)
 from scripts.tracking import run_name, tracked, tracking_mode
 from train.config import TrainConfig, cuda_settings
-
-Callback = Callable[[int, int], None]  # (done, total)
-Bars = Callable[[str], Callback]  # a label -> the callback of a fresh bar
-
-# Keys that leave a stage's content as it is, so that changing them redoes nothing.
-SETTINGS_ONLY = ("min_accuracy", "audit", "save_every", "vllm_server_url", "vllm_memory")
 
 ITEM_COLUMNS = (
     "arm", "seed", "suite", "task", "trait", "domain", "heldout", "family", "item", "kind", "metric", "value",
@@ -52,21 +57,8 @@ ITEM_COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One folder of a run, what it is made from, and the work that makes it."""
-
-    name: str  # path below the run folder
-    work: Callable[[Path, Bars], Mapping[str, Any] | None]
-    inputs: Mapping[str, Any]
-    needs: tuple[str, ...] = field(default=())  # stages that must be whole first
-    together: bool = False  # made by all processes of the run, where there are several; else by a single one
-
-
 def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
     """The stages of a run in the order in which they are made."""
-    from scripts.constitution import constitution_parts
-
     seed = experiment.seeds[0]
     data = hash_files(BANK / "everyday.yaml", *source_files(experiment.reward))  # all that training asks
     shared = {"base": fingerprint(experiment.base), "seed": seed, "data": data}
@@ -434,8 +426,6 @@ def _train(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path
 
 
 def _eval_stage(experiment: Experiment, run_dir: Path, arm: str, seed: int, needs: str) -> Stage:
-    from scripts.constitution import system_prompt
-
     files = [find_file(suite.file) for suite in experiment.eval.suites.values()]
     data = hash_files(*files, BANK, CHECKOUT / "eval" / "items", CHECKOUT / "eval" / "items" / "alignment")
     inputs: dict[str, Any] = {"eval": _hashed(experiment.eval), "data": data, "seed": seed}
@@ -451,7 +441,6 @@ def _eval(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path,
     from eval.capability import evaluate_capability
     from eval.generalisation import evaluate_generalisation
     from models.loading import best_device
-    from scripts.constitution import system_prompt
 
     todo: dict[SuiteName, Path] = {name: out / f"{name}.parquet" for name in experiment.eval.suites}
     if not all(path.exists() for path in todo.values()):

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,23 @@ PACKAGES = (
 
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
+
+Callback = Callable[[int, int], None]  # (done, total)
+Bars = Callable[[str], Callback]  # a label -> the callback of a fresh bar
+
+# Keys of an experiment that leave a stage's content as it is, so that changing them redoes nothing.
+SETTINGS_ONLY = ("min_accuracy", "audit", "save_every", "vllm_server_url", "vllm_memory")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One folder of a run, what it is made from, and the work that makes it."""
+
+    name: str  # path below the run folder
+    work: Callable[[Path, Bars], Mapping[str, Any] | None]
+    inputs: Mapping[str, Any]
+    needs: tuple[str, ...] = field(default=())  # stages that must be whole first
+    together: bool = False  # made by all processes of the run, where there are several; else by a single one
 
 
 @dataclass(frozen=True)

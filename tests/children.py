@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -51,6 +53,22 @@ def kill(pids: Sequence[int]) -> None:
         os.kill(pid, signal.SIGKILL)
     for pid in pids:
         os.waitpid(pid, 0)
+
+
+def kill_at_flush(n: int) -> Callable[[], None]:
+    """Makes a child kill itself at its n-th flush: inside a checkpoint's sealing, or another critical write."""
+
+    def arm() -> None:
+        flushes, flush = itertools.count(1), os.fsync
+
+        def fsync(descriptor: Any) -> None:
+            if next(flushes) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            flush(descriptor)
+
+        os.fsync = fsync
+
+    return arm
 
 
 def finish(pid: int) -> int | None:

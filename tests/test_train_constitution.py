@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from rewards.constitution import load_constitution
 from scripts.constitution import constitution_parts, run_texts, training_texts
 from scripts.experiment import CHECKOUT, Experiment, load_experiment
 from scripts.stages import run_stage
-from tests.children import finish, fork
+from tests.children import finish, fork, kill_at_flush
 from tests.conftest import REWARD, STANDARD
 from train.config import TrainConfig
 from train.constitution_config import PARTS, ConstitutionConfig, allowance
@@ -271,26 +270,10 @@ def revise(start: Path, out: Path, allowed: float, before: Callable[[], None] = 
     return fork(work)
 
 
-def kill_at_chunk(n: int) -> Callable[[], None]:
-    """Makes a child kill itself when its n-th chunk is being brought to the disk."""
-
-    def arm() -> None:
-        flushes, flush = itertools.count(1), os.fsync
-
-        def fsync(descriptor: Any) -> None:
-            if next(flushes) == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            flush(descriptor)
-
-        os.fsync = fsync
-
-    return arm
-
-
 def test_a_kill_in_the_revisions_leaves_the_same_parquet(tiny_stages: Path, tmp_path: Path) -> None:
     start, allowed = tiny_stages / "start" / "model", 9e9
     assert finish(revise(start, tmp_path / "whole", allowed)) is None
-    assert finish(revise(start, tmp_path / "killed", allowed, kill_at_chunk(2))) == signal.SIGKILL
+    assert finish(revise(start, tmp_path / "killed", allowed, kill_at_flush(2))) == signal.SIGKILL
     assert len(load_chunks(tmp_path / "killed" / "revisions.jsonl")) == 2
     with (tmp_path / "killed" / "revisions.jsonl").open("a") as journal:
         journal.write('[{"position": 3')  # and a third is torn

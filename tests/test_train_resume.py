@@ -6,7 +6,6 @@ depend on the number of threads.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -20,7 +19,7 @@ import pandas as pd
 import pytest
 
 from models.checkpoints import latest, partial_folder
-from tests.children import finish, fork
+from tests.children import finish, fork, kill_at_flush
 from tests.conftest import REWARD, STANDARD
 from tests.test_models_checkpoints import flip
 from tests.test_train_grpo import build
@@ -68,22 +67,6 @@ def start(stages: Path, out: Path, before: Callable[[], None] | None = None, con
         train_policy(config, STANDARD, ArmConfig(dose=0.5), REWARD, stages / "start", stages / "reward", out, 0)
 
     return fork(work)
-
-
-def kill_at_flush(n: int) -> Callable[[], None]:
-    """Makes a child kill itself at its n-th flush: inside a checkpoint's sealing, or another critical write."""
-
-    def arm() -> None:
-        flushes, flush = itertools.count(1), os.fsync
-
-        def fsync(descriptor: Any) -> None:
-            if next(flushes) == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            flush(descriptor)
-
-        os.fsync = fsync
-
-    return arm
 
 
 def assert_same_end(whole: Path, killed: Path) -> None:

@@ -22,9 +22,7 @@ from train.config import TrainConfig
 from train.constitution_config import ConstitutionConfig
 from train.ledger import Account
 from train.mix import trait_prompts
-from train.parts import Progress, Row, part_ledger, passes, sample_chunks, until_spent
-
-CHUNK = 16  # prompts that are answered and compared together, and lost together by a kill
+from train.parts import CHUNK, Progress, Row, part_ledger, passes, sample_chunks, until_spent
 
 
 def sample_feedback(

@@ -20,6 +20,8 @@ Item = TypeVar("Item")
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
 
+CHUNK = 16  # prompts that are sampled for together, and lost together by a kill
+
 
 def part_ledger(accounts: Mapping[str, Account], n_policy: int, **facts: Any) -> Row:
     """A part's ledger.json: the accounts of train/ledger.py with their total, N, and what else is to be told."""

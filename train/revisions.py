@@ -22,9 +22,8 @@ from train.config import TrainConfig
 from train.constitution_config import ConstitutionConfig
 from train.ledger import Account
 from train.mix import trait_prompts
-from train.parts import Progress, Row, part_ledger, sample_chunks
+from train.parts import CHUNK, Progress, Row, part_ledger, sample_chunks
 
-CHUNK = 16  # prompts that are answered together, and lost together by a kill
 Overlaps = Callable[[Sequence[str]], list[bool]]  # which texts occur in the evaluation
 
 
