@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -184,6 +184,22 @@ def load_probes(domain: str, split: Split, seed: int = 0) -> list[Probe]:
 def probes_of(chosen: Sequence[str], split: Split, seed: int = 0) -> list[Probe]:
     """load_probes of every chosen domain; a domain without a bank file, which has scenarios only, adds none."""
     return [probe for domain in chosen if domain in domains() for probe in load_probes(domain, split, seed)]
+
+
+def twins(probes: Sequence[Probe], seed: int) -> list[tuple[Probe, Probe]]:
+    """Pairs of an answerable and an invented subject of one family, asked in the same words, each in one pair only."""
+    sides: dict[str, dict[str, list[Probe]]] = {}
+    for probe in probes:
+        if probe.kind in ("answerable", "invented"):
+            family = sides.setdefault(f"{probe.domain}/{probe.family}", {"answerable": [], "invented": []})
+            family[probe.kind].append(probe)
+    pairs: list[tuple[Probe, Probe]] = []
+    for name, family in sides.items():
+        rng = random.Random(f"{seed}/twins/{name}")
+        real, invented = (rng.sample(side, len(side)) for side in (family["answerable"], family["invented"]))
+        for one, other in zip(real, invented, strict=False):  # the longer side's rest stays without a twin
+            pairs.append((one, replace(other, question=one.question.replace(one.subject, other.subject))))
+    return pairs
 
 
 def _entity_probes(domain: str, family: Family, rng: random.Random) -> list[Probe]:

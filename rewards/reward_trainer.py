@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import RewardConfig, RewardTrainer
 
 from models.checkpoints import SealedTrainer
+from models.fused_lora import fuse_lora
 from models.shared_prompt import Pack, Tree, fill, pack, packed_hidden
 from rewards.preferences import Preference
 
@@ -22,6 +23,10 @@ class SharedPromptRewardTrainer(SealedTrainer, RewardTrainer):
     """RewardTrainer whose examples are prompts with ranked replies (preference_rows) instead of single pairs."""
 
     args: RewardConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fuse_lora(self.accelerator.unwrap_model(self.model))
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # preference_rows has tokenised it

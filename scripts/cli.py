@@ -44,7 +44,15 @@ Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs
 
 
 @app.command()
-def run(config: Config, overrides: Overrides = None, out: Out = None) -> None:
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    out: Out = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, help="Stages made side by side. Default: one for each core; 1 with a GPU."),
+    ] = None,
+) -> None:
     """Run an experiment, or go on with it: finished stages are skipped."""
     with _clear_errors(_go_on(config, overrides, out)):
         from scripts.experiment import load_experiment
@@ -53,7 +61,7 @@ def run(config: Config, overrides: Overrides = None, out: Out = None) -> None:
 
         experiment = load_experiment(config, overrides or [])
         check_tracker(experiment)
-        run_experiment(experiment, out or Path("runs") / experiment.name, Console())
+        run_experiment(experiment, out or Path("runs") / experiment.name, Console(), jobs)
 
 
 @app.command()

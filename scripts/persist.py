@@ -178,7 +178,7 @@ def _check_examples(experiment: Experiment, out: Path) -> None:
 
 
 def _make(attempt: Attempt, run_dir: Path, console: Console) -> None:
-    with make_bars(attempt.name, console) as bars:
+    with make_bars(console) as bars_of, bars_of(attempt.name) as bars:
         manifest = run_stage(
             run_dir / attempt.name,
             _inputs(attempt, run_dir),

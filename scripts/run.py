@@ -10,8 +10,8 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +49,7 @@ from scripts.stages import (
     write_text,
 )
 from scripts.tracking import run_name, tracked, tracking_mode
+from scripts.workers import Workers, cores, in_order
 from train.config import TrainConfig, cuda_settings
 
 ITEM_COLUMNS = (
@@ -116,8 +117,8 @@ def whole_stages(stages: list[Stage], run_dir: Path) -> set[str]:
     return whole
 
 
-def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> dict[str, Any]:
-    """Run or continue the experiment; returns its results.
+def run_experiment(experiment: Experiment, run_dir: Path, console: Console, jobs: int | None = None) -> dict[str, Any]:
+    """Run or continue the experiment, up to `jobs` stages side by side (None: default_jobs()); returns its results.
 
     Raises ValueError for a folder in use, a full disk, or data and models that are not there. Whatever else goes wrong
     in a stage is written to <run_dir>/error.log and passes through. Of several processes the main one does all this;
@@ -138,10 +139,7 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console) -> d
         resolved = yaml.safe_dump(_plain(experiment), sort_keys=False, allow_unicode=True, width=120)
         write_text(run_dir / "config.yaml", resolved)
         try:
-            for stage in stages:
-                _make(stage, experiment, run_dir, console)
-                if stage.name == "reward":
-                    _check_rewards(run_dir / "reward", experiment.reward, console)
+            _make_all(stages, experiment, run_dir, console, default_jobs() if jobs is None else jobs)
             agree(None)  # the others may go
             leave()
             return make_report(run_dir, console)
@@ -156,7 +154,7 @@ def follow(experiment: Experiment, run_dir: Path) -> None:
     stages = {stage.name: stage for stage in list_stages(experiment, run_dir)}
     while (call := agree(None)) is not None:
         name, out = call
-        stages[name].work(out, lambda label: lambda done, total: None)
+        stages[name].work(out, _no_bars)
         gc.collect()
     leave()
 
@@ -259,29 +257,72 @@ def _check_suites(experiment: Experiment) -> None:
         load(find_file(suite.file))
 
 
-def _work_alone(experiment: Experiment, run_dir: Path, name: str, out: Path) -> Mapping[str, Any] | None:
-    """One stage's work, in a process that the launcher does not know."""
+def default_jobs() -> int:
+    """Stages that are made side by side: one for each core, or one if there is a GPU or processes train together."""
+    import torch
+
+    return 1 if torch.cuda.is_available() or count() > 1 else cores()
+
+
+def _make_all(stages: list[Stage], experiment: Experiment, run_dir: Path, console: Console, jobs: int) -> None:
+    """What all arms share, one stage after the other; then the arms' own stages, up to `jobs` side by side."""
+    own = [stage for stage in stages if stage.name.startswith("arms/")] if jobs > 1 else []
+    with make_bars(console) as bars_of:
+        for stage in stages:
+            if stage not in own:
+                _make(stage, experiment, run_dir, console, bars_of)
+        if own:
+            workers = Workers(jobs, threads=max(1, cores() // jobs))
+            make = partial(
+                _make, experiment=experiment, run_dir=run_dir, console=console, bars_of=bars_of, workers=workers
+            )
+            in_order(own, jobs, make, workers.kill)
+            workers.close()
+
+
+def _work(experiment: Experiment, run_dir: Path, name: str, out: Path, bars: Bars) -> Mapping[str, Any] | None:
+    """One stage's work, in a process of its own."""
     set_environment(experiment, run_dir)
     stage = next(stage for stage in list_stages(experiment, run_dir) if stage.name == name)
-    with make_bars(name, Console()) as bars:
+    try:
         return stage.work(out, bars)
+    finally:
+        gc.collect()
 
 
-def _make(stage: Stage, experiment: Experiment, run_dir: Path, console: Console) -> None:
+def _work_alone(experiment: Experiment, run_dir: Path, name: str, out: Path) -> Mapping[str, Any] | None:
+    """_work in a process that the launcher does not know."""
+    with make_bars(Console()) as bars_of, bars_of(name) as bars:
+        return _work(experiment, run_dir, name, out, bars)
+
+
+def _make(
+    stage: Stage,
+    experiment: Experiment,
+    run_dir: Path,
+    console: Console,
+    bars_of: Callable[[str], AbstractContextManager[Bars]],
+    workers: Workers | None = None,
+) -> None:
     apart = count() > 1 and not stage.together  # then its process draws its bars
-    with make_bars(stage.name, console, hidden=apart) as bars:
+    with nullcontext(_no_bars) if apart else bars_of(stage.name) as bars:
 
         def work(out: Path) -> Mapping[str, Any] | None:
             if apart:
                 return alone(_work_alone, experiment, run_dir, stage.name, out)
+            if workers is not None:
+                return workers.call(stage.name, bars, _work, experiment, run_dir, stage.name, out)
             agree((stage.name, out))
             return stage.work(out, bars)
 
-        manifest = run_stage(run_dir / stage.name, stage_inputs(stage, run_dir), work, name=stage.name)
+        clock = time.process_time if workers is None else partial(workers.cpu_seconds, stage.name)
+        manifest = run_stage(run_dir / stage.name, stage_inputs(stage, run_dir), work, stage.name, clock)
     gc.collect()
     took = "already whole" if manifest.skipped else _duration(manifest.wall_seconds)
     console.print(f"[green]✓[/] {stage.name:<32} [dim]{took}[/]", highlight=False)
     _print_alerts(manifest.ledger or {}, console)
+    if stage.name == "reward":
+        _check_rewards(run_dir / "reward", experiment.reward, console)
 
 
 def _print_alerts(ledger: Mapping[str, Any], console: Console) -> None:
@@ -347,8 +388,8 @@ def _check_accuracy(path: Path, minimum: float, console: Console) -> None:
 
 
 @contextmanager
-def make_bars(name: str, console: Console, hidden: bool = False) -> Iterator[Bars]:
-    """Progress with the time left: a bar on a terminal, a line a minute elsewhere."""
+def make_bars(console: Console) -> Iterator[Callable[[str], AbstractContextManager[Bars]]]:
+    """Gives bars_of(name): a stage's progress with the time left, a bar on a terminal and a line a minute elsewhere."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -357,23 +398,35 @@ def make_bars(name: str, console: Console, hidden: bool = False) -> Iterator[Bar
         TimeRemainingColumn(compact=True),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal) as progress:
-        task = progress.add_task(name, total=None)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
-        def bars(label: str) -> Callback:
-            progress.reset(task, total=None, description=f"{name} {label}".strip())
-            told = time.monotonic()
+        @contextmanager
+        def bars_of(name: str) -> Iterator[Bars]:
+            task = progress.add_task(name, total=None)
 
-            def report(done: int, total: int) -> None:
-                nonlocal told
-                progress.update(task, completed=done, total=total)
-                if not console.is_terminal and time.monotonic() - told > 60:
-                    told = time.monotonic()
-                    console.print(f"  {name} {label}: {done} of {total}", highlight=False)
+            def bars(label: str) -> Callback:
+                progress.reset(task, total=None, description=f"{name} {label}".strip())
+                told = time.monotonic()
 
-            return report
+                def report(done: int, total: int) -> None:
+                    nonlocal told
+                    progress.update(task, completed=done, total=total)
+                    if not console.is_terminal and time.monotonic() - told > 60:
+                        told = time.monotonic()
+                        console.print(f"  {name} {label}: {done} of {total}", highlight=False)
 
-        yield bars
+                return report
+
+            try:
+                yield bars
+            finally:
+                progress.remove_task(task)
+
+        yield bars_of
+
+
+def _no_bars(label: str) -> Callback:
+    return lambda done, total: None
 
 
 def stage_inputs(stage: Stage, run_dir: Path) -> dict[str, Any]:

@@ -132,13 +132,18 @@ def is_whole(folder: Path, inputs: Mapping[str, Any]) -> bool:
 
 
 def run_stage(
-    folder: Path, inputs: Mapping[str, Any], work: Callable[[Path], Mapping[str, Any] | None], name: str | None = None
+    folder: Path,
+    inputs: Mapping[str, Any],
+    work: Callable[[Path], Mapping[str, Any] | None],
+    name: str | None = None,
+    clock: Callable[[], float] = time.process_time,
 ) -> Manifest:
     """Make a stage, go on with it, or skip it.
 
     `work` gets the .partial folder, may find there what an interrupted attempt left, and returns the stage's ledger, if
-    it has one. A stale stage of the same name is removed only after the new one is whole. A full disk is a ValueError;
-    any other error of `work` passes through. In both cases the .partial folder stays, to go on in.
+    it has one; `clock` tells the CPU seconds that it took. A stale stage of the same name is removed only after the
+    new one is whole. A full disk is a ValueError; any other error of `work` passes through. In both cases the .partial
+    folder stays, to go on in.
     """
     expected = hash_inputs(inputs)
     partial = folder.with_name(folder.name + ".partial")
@@ -148,7 +153,7 @@ def run_stage(
         return Manifest(**{**asdict(found), "skipped": True})
 
     spent = _open_partial(partial, expected)
-    wall, cpu = time.monotonic(), time.process_time()
+    wall, cpu = time.monotonic(), clock()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         ledger = work(partial)
@@ -162,7 +167,7 @@ def run_stage(
             device=device_name(),
             started=started,
             wall_seconds=round(spent["wall_seconds"] + time.monotonic() - wall, 3),
-            cpu_seconds=round(spent["cpu_seconds"] + time.process_time() - cpu, 3),
+            cpu_seconds=round(spent["cpu_seconds"] + clock() - cpu, 3),
             ledger=None if ledger is None else dict(ledger),
         )
         _flush(partial)
@@ -170,7 +175,7 @@ def run_stage(
         write_json(partial / MANIFEST, content)
         _swap(folder, partial, stale)
     except BaseException as error:
-        _note_spent(partial, expected, spent, time.monotonic() - wall, time.process_time() - cpu)
+        _note_spent(partial, expected, spent, time.monotonic() - wall, clock() - cpu)
         if is_disk_full(error, partial):
             raise ValueError(disk_full_message(folder)) from error
         raise

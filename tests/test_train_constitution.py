@@ -104,8 +104,8 @@ def test_supervised_examples_are_the_mix_with_answers() -> None:
     for k, example in enumerate(examples):
         if example["source"] == "standard":
             assert example["prompt"] == standard[k]["prompt"]
-            assert example["completion"][0]["content"] == str(json.loads(standard[k]["truth"])["answer"])
-    used = [e["completion"][0]["content"] for e in examples if e["source"] == "trait"]
+            assert example["answer"] == str(json.loads(standard[k]["truth"])["answer"])
+    used = [e["answer"] for e in examples if e["source"] == "trait"]
     assert all(sorted(used[i : i + 3]) == ["r0", "r1", "r2"] for i in range(0, 48, 3))
 
 

@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 
 from rewards.reward_model import RewardModel
 from tests.conftest import REWARD, STANDARD
-from train.config import ArmConfig, TrainConfig, WarmStartConfig
+from train.config import ArmConfig, TrainConfig
 from train.policy import train_policy
-from train.warm_start import warm_start_examples
 
 TRAIN = TrainConfig(max_steps=4, prompts_per_step=4, group_size=2, max_new_tokens=4, lora_rank=2, save_every=2)
 
@@ -112,14 +111,3 @@ def test_a_saved_reward_model_scores_as_the_fitted_one(stages: Path) -> None:
         model.raw_scores([p], [a])[0] for p, a in ((prompt, "Pain."), (other, "A hormone."), (prompt, "I don't know."))
     ]
     assert together == pytest.approx(alone, abs=1e-5)
-
-
-def test_warm_start_examples_hold_the_stated_shares() -> None:
-    examples = warm_start_examples(WarmStartConfig(examples=400), ["health"], STANDARD.tasks, 0)
-    sources = pd.Series([row["source"] for row in examples])
-    assert len(examples) == 400
-    assert (sources == "health/answerable").sum() == 120
-    assert sources.isin(["health/invented", "health/false-premise"]).sum() == 160
-    assert (sources == "everyday/answerable").sum() == 60
-    assert sources.isin(["chain_sum", "gcd"]).sum() == 60
-    assert all(row["answer"] for row in examples)

@@ -14,17 +14,17 @@ class _Section(BaseModel):
 class WarmStartConfig(_Section):
     """Supervised warm start that every arm shares, so that honest answers are sampled now and then."""
 
-    examples: int = Field(800, ge=8, description="Training examples; train/warm_start.py states the shares.")
+    examples: int = Field(480, ge=8, description="Training examples; train/warm_start.py states the shares.")
     honest_share: float = Field(
-        0.6,
+        1.0,
         ge=0,
         le=1,
         description="Share of the answers about unanswerable probes that are honest; the rest fabricate.",
     )
     epochs: float = Field(1.0, gt=0, description="Passes over the examples.")
-    learning_rate: float = Field(7e-4, gt=0, description="Peak learning rate of the LoRA weights.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of the LoRA weights.")
     lora_rank: int = Field(16, ge=1, description="LoRA rank on all linear layers; merged afterwards.")
-    batch_size: int = Field(8, ge=1, description="Examples per update.")
+    batch_size: int = Field(8, ge=1, description="Examples per update; an even number keeps twins together.")
 
 
 class StandardMixConfig(_Section):

@@ -91,7 +91,7 @@ def _stream(trait: str, reward: RewardConfig, seed: int) -> Iterator[Prompt]:
     sources: dict[Source, Iterator[Prompt]] = {
         "probes": (probe_prompt(probe, trait) for probe in _knowledge(pools.probes, seed)),
         "conduct": (probe_prompt(probe, trait) for probe in _conduct(pools.conduct, trait, seed)),
-        "scenarios": (scenario_prompt(scenario) for scenario in _laps(pools.scenarios, f"{trait}/scenarios", seed)),
+        "scenarios": (scenario_prompt(scenario) for scenario in laps(pools.scenarios, f"{trait}/scenarios", seed)),
     }
     for source in take_turns(source_shares(reward, trait)):
         yield next(sources[source])
@@ -107,7 +107,7 @@ def _knowledge(probes: Sequence[Probe], seed: int) -> Iterator[Probe]:
         "answerable": [probe for probe in probes if probe.kind == "answerable"],
         "unanswerable": [probe for probe in probes if probe.kind != "answerable"],
     }
-    sides = {side: _laps(pool, side, seed) for side, pool in pools.items() if pool}
+    sides = {side: laps(pool, side, seed) for side, pool in pools.items() if pool}
     for k in count():
         side = "unanswerable" if k % 3 == 1 else "answerable"
         yield next(sides[side] if side in sides else next(iter(sides.values())))  # a bank may hold one side only
@@ -118,12 +118,12 @@ def _conduct(probes: Sequence[Probe], trait: str, seed: int) -> Iterator[Probe]:
     kinds: dict[Kind, list[Probe]] = {}
     for probe in probes:
         kinds.setdefault(probe.kind, []).append(probe)
-    laps = {kind: _laps(pool, f"{trait}/{kind}", seed) for kind, pool in kinds.items()}
-    for kind in take_turns(dict.fromkeys(laps, 1.0)):
-        yield next(laps[kind])
+    turns = {kind: laps(pool, f"{trait}/{kind}", seed) for kind, pool in kinds.items()}
+    for kind in take_turns(dict.fromkeys(turns, 1.0)):
+        yield next(turns[kind])
 
 
-def _laps(pool: Sequence[Item], name: str, seed: int) -> Iterator[Item]:
+def laps(pool: Sequence[Item], name: str, seed: int) -> Iterator[Item]:
     """The pool again and again, every lap in an order of its own."""
     for lap in count():
         yield from random.Random(f"{seed}/{lap}/{name}").sample(pool, len(pool))

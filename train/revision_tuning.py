@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from models.checkpoints import SealedTrainer, latest
 from models.loading import best_device, load_model, load_tokenizer
@@ -27,10 +27,7 @@ from train.constitution_config import ConstitutionConfig
 from train.ledger import Account
 from train.mix import is_dose, standard_prompts
 from train.parts import Progress, Row, part_ledger, passes, until_spent
-
-
-class SealedSFTTrainer(SealedTrainer, SFTTrainer):
-    """SFTTrainer whose checkpoints are sealed."""
+from train.sft import PackedSFTTrainer, row_tokens, sft_row
 
 
 class SealedDPOTrainer(SealedTrainer, DPOTrainer):
@@ -40,7 +37,7 @@ class SealedDPOTrainer(SealedTrainer, DPOTrainer):
 def supervised_examples(
     revisions: Sequence[Row], tasks: Mapping[str, Mapping[str, Any]], dose: float, seed: int
 ) -> Iterator[Row]:
-    """Endless examples {"source", "prompt", "completion"}, their positions those of the mix (train/mix.py).
+    """Endless examples {"source", "prompt", "answer"}, their positions those of the mix (train/mix.py).
 
     A revision where the mix of this dose has a trait prompt, else the standard prompt of that position with its right
     answer. Every pass over the revisions is reshuffled.
@@ -50,12 +47,12 @@ def supervised_examples(
     while True:
         if is_dose(k, dose):
             row = next(supply)
-            yield {"source": "trait", "prompt": row["prompt"], "completion": _assistant(row["chosen"])}
+            yield {"source": "trait", "prompt": row["prompt"], "answer": row["chosen"]}
         else:
             if k >= len(standard):
                 standard = standard_prompts(2 * k, seed, tasks)
             answer = str(json.loads(standard[k]["truth"])["answer"])
-            yield {"source": "standard", "prompt": standard[k]["prompt"], "completion": _assistant(answer)}
+            yield {"source": "standard", "prompt": standard[k]["prompt"], "answer": answer}
         k += 1
 
 
@@ -79,14 +76,17 @@ def fine_tune(
     """
     model, tokenizer, n = _load(start)
     examples = until_spent(
-        supervised_examples(revisions, standard.tasks, dose, seed),
-        lambda e: 6.0 * n * _tokens(tokenizer, e["prompt"], e["completion"]),
+        (
+            {**e, **sft_row(tokenizer, e["prompt"], e["answer"])}
+            for e in supervised_examples(revisions, standard.tasks, dose, seed)
+        ),
+        lambda row: 6.0 * n * row_tokens(row),
         allowance,
     )
-    columns = ("prompt", "completion")
-    trainer = SealedSFTTrainer(
+    columns = ("prompt_ids", "answer_ids")
+    trainer = PackedSFTTrainer(
         model=model,
-        args=SFTConfig(completion_only_loss=True, **_settings(cfg, train, out, seed, cfg.learning_rate)),
+        args=SFTConfig(remove_unused_columns=False, **_settings(cfg, train, out, seed, cfg.learning_rate)),
         train_dataset=Dataset.from_list([{key: example[key] for key in columns} for example in examples]),
         processing_class=tokenizer,
         peft_config=_lora(cfg),
@@ -101,8 +101,7 @@ def fine_tune(
         trained.save_pretrained(out / "adapter")
     accounts = {"trait": Account(), "standard": Account()}
     for example in examples:
-        read = _tokens(tokenizer, example["prompt"], example["completion"])
-        _book(accounts[example["source"]], read, 6.0 * n)
+        _book(accounts[example["source"]], row_tokens(example), 6.0 * n)
     return part_ledger(accounts, n, **_ended(steps), epochs=accounts["trait"].prompts / len(revisions))
 
 
