@@ -16,7 +16,7 @@ import shutil
 import statistics
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from math import ceil, floor
 from pathlib import Path
@@ -36,7 +36,7 @@ from rewards.probes import Probe
 from rewards.trait_prompts import source_shares
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.plan_constitution import READING, fine_tuned_models, part_flops, part_rows
-from scripts.run import list_stages, whole_stages
+from scripts.run import default_jobs, list_stages, whole_stages
 from scripts.tracking import has_wandb_key
 from train.config import cuda_settings
 from train.ledger import Passes
@@ -47,6 +47,7 @@ LEARN = 0.69  # packed forward and backward, LoRA
 FORWARD = 0.46
 SAMPLE = 0.24  # token by token, 32 completions at a time
 LOAD_SECONDS = 8  # a stage's imports and weights
+SIDE_BY_SIDE = 1.6  # work of two arms on a core each, against one after the other on two; more cores gain no less
 
 CHARS_PER_TOKEN = 3.8  # English and sums with a vocabulary of 49k; other vocabularies differ by about a fifth
 TEMPLATE_TOKENS = 8  # chat template without a system message
@@ -313,7 +314,7 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
     console.print(_arms_table(experiment, parameters, peak))
     costs = plan_stages(experiment, parameters, peak)
     console.print(_stages_table(costs, [stage.name for stage in stages], whole))
-    left = sum(costs[_kind(stage.name)].seconds for stage in stages if stage.name not in whole)
+    left = time_left([stage.name for stage in stages if stage.name not in whole], costs, default_jobs())
     notes = Table.grid(padding=(0, 2))
     notes.add_column(style="dim")
     notes.add_column(overflow="fold")
@@ -337,6 +338,13 @@ def print_plan(experiment: Experiment, run_dir: Path, console: Console) -> None:
     for i, lack in enumerate(missing(experiment) or ["nothing"]):
         notes.add_row("missing" if i == 0 else "", lack)
     console.print(notes)
+
+
+def time_left(stages: Sequence[str], costs: Mapping[str, Cost], jobs: int) -> float:
+    """Seconds of the stages; those of arms are made up to `jobs` at once."""
+    own = sum(costs[_kind(name)].seconds for name in stages if name.startswith("arms/"))
+    shared = sum(costs[_kind(name)].seconds for name in stages) - own
+    return shared + own / (SIDE_BY_SIDE if jobs > 1 else 1)
 
 
 def _arms_table(experiment: Experiment, parameters: float, peak: float) -> Table:
