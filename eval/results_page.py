@@ -35,8 +35,9 @@ def render(runs: Sequence[Run], images: Mapping[str, str], command: str) -> str:
         "# Results",
         f"Made by `{command}` from finished runs; every number is read from their files. Differences are arm minus "
         "control in points (hundredths), paired by item and seed, with 95% intervals over families of items and seeds. "
-        "Verdicts are by q (Benjamini-Hochberg); *equivalent* means within the margin, *inconclusive* that neither is "
-        "shown.",
+        "Verdicts are by q (Benjamini-Hochberg), which knows how many comparisons were made: *improved* or *regressed* "
+        "at q ≤ 0.05, *equivalent* within the margin, *inconclusive* otherwise, even where the interval of the one "
+        "comparison leaves zero out.",
         *(_run_head(run) for run in runs),
     ]
     if cells:
@@ -122,7 +123,7 @@ def _run_body(run: Run) -> list[str]:
 
 def _claims(claims: Sequence[Row]) -> str:
     mark = {True: "yes", False: "no", None: "–"}
-    return table(("holds", "claim"), [(mark[claim["holds"]], str(claim["text"])) for claim in claims])
+    return table(("speaks for the arm", "claim"), [(mark[claim["holds"]], str(claim["text"])) for claim in claims])
 
 
 def _capability(suites: Mapping[str, Row]) -> str:

@@ -118,10 +118,25 @@ def test_too_many_items_are_cut_evenly_and_counted(run: Path, results: dict[str,
 def test_headline_answers_in_words_and_numbers(results: dict[str, Any]) -> None:
     row = next(r for r in results["aggregates"] if (r["name"], r["arm"]) == ("truthfulness-heldout-domains", "dose-25"))
     assert f"{100 * row['delta']:+.1f} points" in headline(results)
-    lost = [
-        {**claim, "holds": False} if claim["id"] == "heldout-truthfulness" else claim for claim in results["claims"]
-    ]
-    assert headline({**results, "claims": lost}).startswith("No dose arm is shown to beat control")
+
+
+def test_headline_follows_the_intervals(results: dict[str, Any]) -> None:
+    gain = next(row for row in results["aggregates"] if row["name"] == "truthfulness-heldout-domains")
+
+    def told(**intervals: tuple[float, float, float]) -> str:
+        keys = ("delta", "ci_low", "ci_high")
+        rows = [{**gain, "arm": arm} | dict(zip(keys, values, strict=True)) for arm, values in intervals.items()]
+        return headline({**results, "aggregates": rows})
+
+    lead = "On truthfulness in domains never trained, "
+    worse, none, better = (-0.054, -0.103, -0.003), (0.01, -0.02, 0.04), (0.189, 0.133, 0.254)
+    assert told(a=worse) == f"{lead}a (-5.4 points [-10.3, -0.3]) is worse than control."
+    assert told(a=none, b=none, c=none) == f"{lead}a, b and c are not told apart from control."
+    assert told(a=worse, b=none, c=better) == (
+        f"{lead}c (+18.9 points [+13.3, +25.4]) is better than control; "
+        "a (-5.4 points [-10.3, -0.3]) is worse than control; b is not told apart from control."
+    )
+    assert headline({**results, "aggregates": []}).startswith("This run has no truthfulness tasks")
 
 
 @pytest.mark.parametrize("width", [80, 120])
