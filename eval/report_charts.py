@@ -250,8 +250,11 @@ def transfer_chart(cells: Rows) -> Any:
         }
         for cell in cells
     ]
+    # a long name takes several lines: the trained set, the dose, the arm or the experiment
+    lines = "split(replace(datum.label, ' (', ', ('), ', ')"
+    across = alt.Axis(orient="top", labelAngle=0, labelLimit=230, labelExpr=lines)
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("column:N", sort=columns, title=None, axis=alt.Axis(orient="top", labelAngle=0, labelLimit=230)),
+        x=alt.X("column:N", sort=columns, title=None, axis=across),
         y=alt.Y("place:N", sort=order, title=None, axis=alt.Axis(labelLimit=230, ticks=False, domain=False)),
         tooltip=[
             alt.Tooltip("place:N", title="evaluated"),

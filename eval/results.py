@@ -340,12 +340,13 @@ def _transfer(
     trained = [str(domain) for domain in reward.get("domains", [])]
     cells: list[dict[str, Any]] = []
     for arm, frame in pairs.items():
-        constitutional = is_constitutional(str(config["arms"][arm].get("method", "trait")))
-        column = column_name(trained, trainable_domains(), doses[arm], arm if constitutional else "")
+        method = str(config["arms"][arm].get("method", "trait"))
+        mine = [] if method == "constitution-prompt" else trained
+        column = column_name(mine, trainable_domains(), doses[arm], arm if is_constitutional(method) else "")
         rows = frame[frame["suite"] == "generalisation"]
         cells += [
             {"arm": arm, **cell}
-            for cell in transfer_cells(rows, polarity, column, str(reward.get("trait", "")), trained, MARGIN)
+            for cell in transfer_cells(rows, polarity, column, str(reward.get("trait", "")), mine, MARGIN)
         ]
     return cells
 

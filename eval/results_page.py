@@ -74,7 +74,7 @@ def pictures(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 def _run_head(run: Run) -> str:
     r, manifests = run.results, run.manifests
-    doses = ", ".join(f"{arm['name']} ({100 * arm['dose']:g}%)" for arm in r["arms"] if arm["dose"] is not None)
+    doses = ", ".join(f"{arm['name']} ({_dose(arm)})" for arm in r["arms"] if arm["dose"] is not None)
     started = sorted(str(m["started"]) for m in manifests.values() if m.get("started"))
     packages = next((m["packages"] for m in reversed(list(manifests.values())) if m.get("packages")), {})
     commits = sorted({str(m["git_commit"])[:12] for m in manifests.values() if m.get("git_commit")})
@@ -91,6 +91,10 @@ def _run_head(run: Run) -> str:
         ("hours, all stages", f"{r['wall_seconds'] / 3600:.2f}"),
     ]
     return f"## Run {r['experiment']}\n\n" + table(("", ""), lines) + "\n\n" + _details("Hours by stage", _hours(run))
+
+
+def _dose(arm: Row) -> str:
+    return "trains nothing" if arm["method"] == "constitution-prompt" else f"{100 * arm['dose']:g}%"
 
 
 def _hours(run: Run) -> str:

@@ -79,8 +79,9 @@ def set_name(trained: Sequence[str], known: Sequence[str]) -> str:
 
 
 def column_name(trained: Sequence[str], known: Sequence[str], dose: float, experiment: str = "") -> str:
-    """A column's name: trained set, dose, and the experiment where several are shown."""
-    return f"{set_name(trained, known)}, dose {100 * dose:g}%" + (f" ({experiment})" if experiment else "")
+    """A column's name: trained set, dose, and the experiment or the arm where several are shown."""
+    what = f"{set_name(trained, known)}, dose {100 * dose:g}%" if trained else "nothing"
+    return what + (f" ({experiment})" if experiment else "")
 
 
 def cells_of(runs: Sequence[Mapping[str, Any]]) -> list[Cell]:
