@@ -143,14 +143,15 @@ def _steps(arms: Rows, settings: Mapping[str, Any], colours: Mapping[str, str]) 
         for point in path
     ]
     ticks = [(math.log2(1 + step), str(step)) for step in settings["steps"]]
-    if any(row["recovery"] for row in arms):
+    recovers = any(row["recovery"] for row in arms)
+    if recovers:
         ticks += [(offset + math.log2(1 + step), "0" if step == 0 else f"{step}") for step in settings["steps"]]
     labels = ",".join(f"'{at:.3f}':'{label}'" for at, label in ticks)
     axis = alt.Axis(
         values=[round(at, 3) for at, _ in ticks], labelExpr=f"{{{labels}}}[format(datum.value, '.3f')]", grid=False
     )
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("x:Q", title="steps on bad data, then steps on good data", axis=axis),
+        x=alt.X("x:Q", title="steps on bad data" + (", then on good data" if recovers else ""), axis=axis),
         color=_colour(names, colours),
         detail="phase:N",
         tooltip=[
