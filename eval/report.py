@@ -7,7 +7,8 @@ every number as compact JSON, cut to fit SIZE_LIMIT; what was left out stands on
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def write_report(run_dir: Path) -> Path:
         count=_count,
         span=_duration,
         crossing=crossing_text,
+        unbroken=lambda text: unbroken(text, [arm["name"] for arm in results["arms"]]),
     )
     page = environment.get_template("report.html.j2").render(
         r=results,
@@ -90,6 +92,14 @@ def headline(results: Mapping[str, Any]) -> str:
         groups.setdefault(against(row, True), []).append(row["arm"] + numbers)
     parts = [f"{listed(arms)} {'is' if len(arms) == 1 else 'are'} {words}" for words, arms in groups.items()]
     return f"On truthfulness in domains never trained, {'; '.join(parts)}."
+
+
+def unbroken(text: str, names: Sequence[str]) -> str:
+    """A sentence whose intervals, equations and names no browser breaks at the end of a line."""
+    text = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", "\u00a0"), text).replace(" = ", "\u00a0=\u00a0")
+    for name in sorted(names, key=len, reverse=True):  # "dose-50" before "dose-5"
+        text = text.replace(name, name.replace("-", "-\u2060"))
+    return text
 
 
 def _words(row: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from test_eval_results import FAMILIES, ITEMS, write_run
 
-from eval.report import headline, pack_items, summary_table, write_report
+from eval.report import headline, pack_items, summary_table, unbroken, write_report
 from eval.report_charts import VERDICTS, build_charts
 from eval.results import load_items, primary_rows, write_results
 
@@ -79,14 +79,19 @@ def test_every_task_leads_to_its_items(page: str, results: dict[str, Any]) -> No
 
 
 def test_page_says_every_number_of_the_table(page: str, results: dict[str, Any]) -> None:
-    text = re.sub(r"<[^>]+>", " ", page)
+    text = re.sub(r"<[^>]+>", " ", page).replace("\u00a0", " ").replace("\u2060", "")
     for row in results["generalisation"]:
         assert f"{100 * row['delta']:+.1f} [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]" in text
     for claim in results["claims"]:
-        assert claim["text"].split(" (n = ")[0].replace("'", "&#39;") in text
+        assert claim["text"].replace("'", "&#39;") in text
     assert "health (trained)" in page
     assert "+4.00%" in text
     assert '<td class="off">+4.00%' in page
+
+
+def test_names_and_intervals_stay_on_one_line() -> None:
+    text = unbroken("dose-5 and dose-50: +1.0 [-2.0, +4.0] points (n = 3).", ["dose-5", "dose-50"])
+    assert text == "dose-\u20605 and dose-\u206050: +1.0 [-2.0,\u00a0+4.0] points (n\u00a0=\u00a03)."
 
 
 def test_there_are_twenty_prompts_to_compare(page: str) -> None:
