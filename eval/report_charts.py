@@ -223,7 +223,8 @@ def honesty_chart(rows: Rows, colours: Mapping[str, str]) -> Any:
         .mark_line(interpolate="step-before", strokeDash=[4, 3], opacity=0.6, color=QUIET)
         .encode(x=x, y=y, detail="domains:N", order=alt.Order("x:Q"))
     )
-    ends = [100 * row["answered"][end] for row in rows if row["answered"]["rate"] is not None for end in ("low", "high")]
+    known = [row["answered"] for row in rows if row["answered"]["rate"] is not None]
+    ends = [100 * share[end] for share in known for end in ("low", "high")]
     middle = (min(ends) + max(ends)) / 2 if ends else 50.0
     # names stand on the inner side, so that none is cut off
     texts = [
