@@ -229,5 +229,7 @@ def _said(arm: str, clean: Mapping[str, Any], attacked: Mapping[str, Any]) -> di
 
 
 def _cut(text: str) -> str:
-    """The beginning says what the attack is, the end is the question: the middle goes."""
-    return text if len(text) <= TEXT else f"{text[: TEXT // 2]} […] {text[-TEXT // 2 :]}"
+    """The beginning says what the attack is, the end is the question: the middle goes, in whole words."""
+    if len(text) <= TEXT:
+        return text
+    return f"{text[: TEXT // 2].rsplit(' ', 1)[0]} […] {text[-TEXT // 2 :].split(' ', 1)[-1]}"
