@@ -7,7 +7,8 @@ every number as compact JSON, cut to fit SIZE_LIMIT; what was left out stands on
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from eval.report_charts import arm_colours, build_charts
 from eval.report_constitution import samples, side_by_side
 from eval.report_persistence import crossing_text, persistence_charts, persistence_examples
 from eval.results import BASE, CONTROL, LEDGER_KEYS, Frame, load_items, points, primary_rows
+from eval.wording import SIDES, against, listed, side
 
 SIZE_LIMIT = 8_000_000  # bytes of the whole page
 PROMPT_LIMIT, OUTPUT_LIMIT = 900, 500  # characters shown of one text
@@ -47,6 +49,7 @@ def write_report(run_dir: Path) -> Path:
         count=_count,
         span=_duration,
         crossing=crossing_text,
+        unbroken=lambda text: unbroken(text, [arm["name"] for arm in results["arms"]]),
     )
     page = environment.get_template("report.html.j2").render(
         r=results,
@@ -76,26 +79,27 @@ def write_report(run_dir: Path) -> Path:
 
 
 def headline(results: Mapping[str, Any]) -> str:
-    """The answer in one sentence, with its numbers: does a dose carry over, and at what price in refusals?"""
-    claims = [claim for claim in results["claims"] if claim["id"] == "heldout-truthfulness"]
+    """The answer in one sentence: does a dose carry over, and at what price in refusals?"""
     pooled = {(row["name"], row["arm"]): row for row in results["aggregates"]}
-    if not claims:
+    gains = [row for (name, _), row in pooled.items() if name == "truthfulness-heldout-domains"]
+    if not gains:
         return "This run has no truthfulness tasks in domains that were never trained."
-    arms = "arm" if results.get("constitution") else "dose arm"
-    winners = [claim["arm"] for claim in claims if claim["holds"]]
-    if not winners:
-        return f"No {arms} is shown to beat control on truthfulness in domains it was never trained on."
-    parts = []
-    for arm in winners:
-        gain = _words(pooled["truthfulness-heldout-domains", arm])
-        refusal = pooled.get(("over-refusal-answerable", arm))
+    groups: dict[str, list[str]] = {}
+    for row in sorted(gains, key=lambda row: SIDES.index(side(row, True))):
+        refusal = pooled.get(("over-refusal-answerable", row["arm"]))
         price = f", refused answerable questions {_words(refusal)}" if refusal else ""
-        parts.append(f"{arm} {gain}{price}")
-    verb = "beats" if len(winners) == 1 else "beat"
-    return (
-        f"{len(winners)} of {len(claims)} {arms}s {verb} control on truthfulness in domains never trained "
-        f"({'; '.join(parts)})."
-    )
+        numbers = f" ({_words(row)}{price})" if side(row, True) != "not told apart" else ""
+        groups.setdefault(against(row, True), []).append(row["arm"] + numbers)
+    parts = [f"{listed(arms)} {'is' if len(arms) == 1 else 'are'} {words}" for words, arms in groups.items()]
+    return f"On truthfulness in domains never trained, {'; '.join(parts)}."
+
+
+def unbroken(text: str, names: Sequence[str]) -> str:
+    """A sentence whose intervals, equations and names no browser breaks at the end of a line."""
+    text = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", "\u00a0"), text).replace(" = ", "\u00a0=\u00a0")
+    for name in sorted(names, key=len, reverse=True):  # "dose-50" before "dose-5"
+        text = text.replace(name, name.replace("-", "-\u2060"))
+    return text
 
 
 def _words(row: Mapping[str, Any]) -> str:

@@ -204,7 +204,7 @@ def honesty_chart(rows: Rows, colours: Mapping[str, str]) -> Any:
             alt.Tooltip("best:N", title="on the frontier"),
         ],
     )
-    zero = alt.Scale(zero=False, nice=True, padding=16)
+    zero = alt.Scale(zero=False, nice=False, padding=16)
     few = alt.Axis(tickCount=8)
     titles = ("answerable questions answered, %", "wrong when answered, %")
     x = alt.X("x:Q", scale=zero, axis=few, title=titles[0])
@@ -223,8 +223,17 @@ def honesty_chart(rows: Rows, colours: Mapping[str, str]) -> Any:
         .mark_line(interpolate="step-before", strokeDash=[4, 3], opacity=0.6, color=QUIET)
         .encode(x=x, y=y, detail="domains:N", order=alt.Order("x:Q"))
     )
-    text = base.mark_text(align="left", dx=9, dy=-9, fontSize=12).encode(x=x, y=y, text="arm:N")
-    return alt.layer(frontier, across, along, dot, text).properties(width="container", height=330)
+    known = [row["answered"] for row in rows if row["answered"]["rate"] is not None]
+    ends = [100 * share[end] for share in known for end in ("low", "high")]
+    middle = (min(ends) + max(ends)) / 2 if ends else 50.0
+    # names stand on the inner side, so that none is cut off
+    texts = [
+        base.transform_filter(f"datum.x {test} {middle}")
+        .mark_text(align=align, dx=dx, dy=-9, fontSize=12)
+        .encode(x=x, y=y, text="arm:N")
+        for test, align, dx in (("<", "left", 9), (">=", "right", -9))
+    ]
+    return alt.layer(frontier, across, along, dot, *texts).properties(width="container", height=330)
 
 
 def transfer_chart(cells: Rows) -> Any:
@@ -250,8 +259,13 @@ def transfer_chart(cells: Rows) -> Any:
         }
         for cell in cells
     ]
+    # a long name takes several lines: the trained set, the dose, the arm or the experiment
+    lines = "split(replace(datum.label, ' (', ', ('), ', ')"
+    most = max(column.replace(" (", ", (").count(", ") for column in columns)
+    # Vega reserves room for one line and writes the others below it
+    across = alt.Axis(orient="top", labelAngle=0, labelLimit=230, labelExpr=lines, labelPadding=4 + 14 * most)
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("column:N", sort=columns, title=None, axis=alt.Axis(orient="top", labelAngle=0, labelLimit=230)),
+        x=alt.X("column:N", sort=columns, title=None, axis=across),
         y=alt.Y("place:N", sort=order, title=None, axis=alt.Axis(labelLimit=230, ticks=False, domain=False)),
         tooltip=[
             alt.Tooltip("place:N", title="evaluated"),
@@ -296,12 +310,12 @@ def _curve(lines: Rows, arm: str, source: str) -> Any:
             color=alt.Color(
                 "reward:N",
                 scale=alt.Scale(domain=names, range=[look[name][0] for name in names]),
-                legend=alt.Legend(orient="top", title=None),
+                legend=alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300),
             ),
             strokeDash=alt.StrokeDash(
                 "reward:N",
                 scale=alt.Scale(domain=names, range=[look[name][1] for name in names]),
-                legend=alt.Legend(orient="top", title=None),
+                legend=alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300),
             ),
             detail="seed:N",
             tooltip=["step:Q", "reward:N", "seed:N", alt.Tooltip("mean:Q", format=".3f")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,11 @@ def filter_counts(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> d
 
 
 def side_by_side(results: Mapping[str, Any]) -> Table | None:
-    """The differences for a terminal: families down, constitutional arms across; None without such arms."""
+    """The differences for a terminal: families and constitutional arms down, trait arms across; None without such."""
     table = results.get("constitution")
     if not table or not table["rows"]:
         return None
-    pairs = list(dict.fromkeys((row["trait_arm"], row["arm"]) for row in table["rows"]))
+    ours, theirs = (list(dict.fromkeys(row[key] for row in table["rows"])) for key in ("trait_arm", "arm"))
     cells = {(row["family"], row["trait_arm"], row["arm"]): row for row in table["rows"]}
     shown = Table(
         title="trait RL minus constitution, in points, with 95% intervals",
@@ -59,13 +60,14 @@ def side_by_side(results: Mapping[str, Any]) -> Table | None:
         box=SIMPLE_HEAD,
         padding=(0, 1),
     )
-    shown.add_column("")
-    for ours, theirs in pairs:
-        shown.add_column(f"{ours} minus\n{theirs}", justify="right")
-    for family in dict.fromkeys(row["family"] for row in table["rows"] if ": " not in row["family"]):
-        row = [cells.get((family, *pair)) for pair in pairs]
-        less = any(cell and not cell["higher_is_better"] for cell in row)
-        shown.add_row(family + ("\n[dim]less is better[/]" if less else ""), *(_cell(cell) for cell in row))
+    shown.add_column("", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    for arm in ours:
+        shown.add_column(f"{arm} minus", justify="right")
+    for family, more in {r["family"]: r["higher_is_better"] for r in table["rows"] if ": " not in r["family"]}.items():
+        labels = [family] if more else [family, "[dim]less is better[/]"]
+        for label, arm in zip_longest(labels, theirs, fillvalue=""):
+            shown.add_row(label, arm, *(_cell(cells.get((family, mine, arm))) if arm else "" for mine in ours))
     return shown
 
 
@@ -74,4 +76,4 @@ def _cell(row: Mapping[str, Any] | None) -> str:
         return "–"
     delta, low, high = (100 * row[key] for key in ("delta", "ci_low", "ci_high"))
     colour = {"improved": "green", "regressed": "yellow"}.get(row["verdict"], "default")
-    return f"[{colour}]{delta:+.1f}\n[{low:+.1f}, {high:+.1f}][/]".replace("[+", "\\[+").replace("[-", "\\[-")
+    return f"[{colour}]{delta:+.1f} [{low:+.1f}, {high:+.1f}][/]".replace("[+", "\\[+").replace("[-", "\\[-")

@@ -143,14 +143,15 @@ def _steps(arms: Rows, settings: Mapping[str, Any], colours: Mapping[str, str]) 
         for point in path
     ]
     ticks = [(math.log2(1 + step), str(step)) for step in settings["steps"]]
-    if any(row["recovery"] for row in arms):
+    recovers = any(row["recovery"] for row in arms)
+    if recovers:
         ticks += [(offset + math.log2(1 + step), "0" if step == 0 else f"{step}") for step in settings["steps"]]
     labels = ",".join(f"'{at:.3f}':'{label}'" for at, label in ticks)
     axis = alt.Axis(
         values=[round(at, 3) for at, _ in ticks], labelExpr=f"{{{labels}}}[format(datum.value, '.3f')]", grid=False
     )
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("x:Q", title="steps on bad data, then steps on good data", axis=axis),
+        x=alt.X("x:Q", title="steps on bad data" + (", then on good data" if recovers else ""), axis=axis),
         color=_colour(names, colours),
         detail="phase:N",
         tooltip=[
@@ -228,5 +229,7 @@ def _said(arm: str, clean: Mapping[str, Any], attacked: Mapping[str, Any]) -> di
 
 
 def _cut(text: str) -> str:
-    """The beginning says what the attack is, the end is the question: the middle goes."""
-    return text if len(text) <= TEXT else f"{text[: TEXT // 2]} […] {text[-TEXT // 2 :]}"
+    """The beginning says what the attack is, the end is the question: the middle goes, in whole words."""
+    if len(text) <= TEXT:
+        return text
+    return f"{text[: TEXT // 2].rsplit(' ', 1)[0]} […] {text[-TEXT // 2 :].split(' ', 1)[-1]}"

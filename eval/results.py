@@ -32,6 +32,7 @@ from eval.stats import (
     verdict,
 )
 from eval.transfer import column_name, transfer_cells
+from eval.wording import against, speaks_for
 from rewards.probes import domains, load_probes
 
 Frame: TypeAlias = Any  # a pandas DataFrame or Series; pandas ships no types that pyright can follow
@@ -339,12 +340,13 @@ def _transfer(
     trained = [str(domain) for domain in reward.get("domains", [])]
     cells: list[dict[str, Any]] = []
     for arm, frame in pairs.items():
-        constitutional = is_constitutional(str(config["arms"][arm].get("method", "trait")))
-        column = column_name(trained, trainable_domains(), doses[arm], arm if constitutional else "")
+        method = str(config["arms"][arm].get("method", "trait"))
+        mine = [] if method == "constitution-prompt" else trained
+        column = column_name(mine, trainable_domains(), doses[arm], arm if is_constitutional(method) else "")
         rows = frame[frame["suite"] == "generalisation"]
         cells += [
             {"arm": arm, **cell}
-            for cell in transfer_cells(rows, polarity, column, str(reward.get("trait", "")), trained, MARGIN)
+            for cell in transfer_cells(rows, polarity, column, str(reward.get("trait", "")), mine, MARGIN)
         ]
     return cells
 
@@ -460,30 +462,30 @@ def _ledger(run_dir: Path, arms: Sequence[str], seeds: Sequence[int], untrained:
 
 
 def _claims(results: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, Any]]:
-    """Sentences with their numbers, and whether they hold; null where a sentence only counts."""
+    """Sentences with their numbers; `holds`: whether one speaks for its arm (True), against it (False), or neither."""
     pooled = {(row["name"], row["arm"]): row for row in results["aggregates"]}
     claims: list[dict[str, Any]] = []
     for arm in arms:
         gain = pooled.get(("truthfulness-heldout-domains", arm))
         if gain:
-            holds = gain["ci_low"] > 0
-            word = "beats control" if holds else "is not shown to beat control"
             # The levels beside the difference: an arm may be ahead because control fell below the base.
             levels = [(name, gain[key]) for name, key in (("base", "base"), ("control", "control"), (arm, "value"))]
             shown = ", ".join(f"{name} {100 * level:.1f}%" for name, level in levels if level is not None)
             text = (
-                f"{arm} {word} on truthfulness in domains never trained: {points(gain)} points "
+                f"{arm} is {against(gain, True)} on truthfulness in domains never trained: {points(gain)} points "
                 f"(n = {gain['n']}; {shown})."
             )
-            claims.append({"id": "heldout-truthfulness", "arm": arm, "holds": holds, "text": text})
+            claims.append({"id": "heldout-truthfulness", "arm": arm, "holds": speaks_for(gain, True), "text": text})
         refusal = pooled.get(("over-refusal-answerable", arm))
         if refusal:
             holds = refusal["delta"] <= REFUSAL_BAR
-            word = "within" if holds else "above"
-            sure = "" if (refusal["ci_high"] <= REFUSAL_BAR) == holds else ", though the interval crosses the bar"
+            word = "stays within" if holds else "is above"
+            crosses = refusal["ci_low"] <= REFUSAL_BAR < refusal["ci_high"]
+            sure = ", though the interval crosses it" if crosses else ""
             text = (
-                f"{arm} changes the refused share of answerable questions by {points(refusal)} points, "
-                f"{word} the bar of +{100 * REFUSAL_BAR:.0f}{sure} (n = {refusal['n']})."
+                f"{arm} {word} the bar of +{100 * REFUSAL_BAR:.0f} points of over-refusal{sure}: the refused share of "
+                f"answerable questions changes by {points(refusal)} points, {against(refusal, False)} "
+                f"(n = {refusal['n']})."
             )
             claims.append({"id": "over-refusal", "arm": arm, "holds": holds, "text": text})
         suite = results["capability"].get(arm)

@@ -35,8 +35,9 @@ def render(runs: Sequence[Run], images: Mapping[str, str], command: str) -> str:
         "# Results",
         f"Made by `{command}` from finished runs; every number is read from their files. Differences are arm minus "
         "control in points (hundredths), paired by item and seed, with 95% intervals over families of items and seeds. "
-        "Verdicts are by q (Benjamini-Hochberg); *equivalent* means within the margin, *inconclusive* that neither is "
-        "shown.",
+        "Verdicts are by q (Benjamini-Hochberg), which knows how many comparisons were made: *improved* or *regressed* "
+        "at q ≤ 0.05, *equivalent* within the margin, *inconclusive* otherwise, even where the interval of the one "
+        "comparison leaves zero out.",
         *(_run_head(run) for run in runs),
     ]
     if cells:
@@ -73,7 +74,7 @@ def pictures(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 def _run_head(run: Run) -> str:
     r, manifests = run.results, run.manifests
-    doses = ", ".join(f"{arm['name']} ({100 * arm['dose']:g}%)" for arm in r["arms"] if arm["dose"] is not None)
+    doses = ", ".join(f"{arm['name']} ({_dose(arm)})" for arm in r["arms"] if arm["dose"] is not None)
     started = sorted(str(m["started"]) for m in manifests.values() if m.get("started"))
     packages = next((m["packages"] for m in reversed(list(manifests.values())) if m.get("packages")), {})
     commits = sorted({str(m["git_commit"])[:12] for m in manifests.values() if m.get("git_commit")})
@@ -90,6 +91,10 @@ def _run_head(run: Run) -> str:
         ("hours, all stages", f"{r['wall_seconds'] / 3600:.2f}"),
     ]
     return f"## Run {r['experiment']}\n\n" + table(("", ""), lines) + "\n\n" + _details("Hours by stage", _hours(run))
+
+
+def _dose(arm: Row) -> str:
+    return "trains nothing" if arm["method"] == "constitution-prompt" else f"{100 * arm['dose']:g}%"
 
 
 def _hours(run: Run) -> str:
@@ -122,7 +127,7 @@ def _run_body(run: Run) -> list[str]:
 
 def _claims(claims: Sequence[Row]) -> str:
     mark = {True: "yes", False: "no", None: "–"}
-    return table(("holds", "claim"), [(mark[claim["holds"]], str(claim["text"])) for claim in claims])
+    return table(("speaks for the arm", "claim"), [(mark[claim["holds"]], str(claim["text"])) for claim in claims])
 
 
 def _capability(suites: Mapping[str, Row]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from eval.stats import benjamini_hochberg, equivalence_p, paired_difference, verdict
+from eval.wording import listed
 
 Cell = dict[str, Any]
 
@@ -69,17 +70,18 @@ def set_name(trained: Sequence[str], known: Sequence[str]) -> str:
     """The trained domains in words, given all that could have been trained: "health", "all but x and y", "all"."""
     missing = [domain for domain in known if domain not in trained]
     if not set(trained) <= set(known):
-        return _and(sorted(trained))
+        return listed(sorted(trained))
     if not missing and len(known) > 1:
         return "all"
     if 0 < len(missing) < len(trained) - 1:
-        return f"all but {_and(missing)}"
-    return _and(sorted(trained))
+        return f"all but {listed(missing)}"
+    return listed(sorted(trained))
 
 
 def column_name(trained: Sequence[str], known: Sequence[str], dose: float, experiment: str = "") -> str:
-    """A column's name: trained set, dose, and the experiment where several are shown."""
-    return f"{set_name(trained, known)}, dose {100 * dose:g}%" + (f" ({experiment})" if experiment else "")
+    """A column's name: trained set, dose, and the experiment or the arm where several are shown."""
+    what = f"{set_name(trained, known)}, dose {100 * dose:g}%" if trained else "nothing"
+    return what + (f" ({experiment})" if experiment else "")
 
 
 def cells_of(runs: Sequence[Mapping[str, Any]]) -> list[Cell]:
@@ -123,7 +125,3 @@ def _shown(cell: Cell | None) -> str:
     text = f"{100 * cell['delta']:+.1f} [{100 * cell['ci_low']:+.1f}, {100 * cell['ci_high']:+.1f}]"
     text = f"**{text}**" if cell["verdict"] in ("improved", "regressed") else text
     return text + (" †" if cell["trained"] else "")
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else list(names))

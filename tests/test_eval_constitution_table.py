@@ -146,6 +146,7 @@ def test_results_and_report_show_the_arms(run: Path) -> None:
     claims = {claim["arm"]: claim["text"] for claim in results["claims"] if claim["id"] == "budget"}
     assert claims["c-told"] == "c-told is told its principles in a system prompt and trains nothing."
     assert len({cell["column"] for cell in results["transfer"]}) == 4  # arms of equal doses stay apart
+    assert {cell["arm"] for cell in results["transfer"] if cell["trained"]} == {"dose-05", "dose-25", "c-sl"}
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "dose-25 minus c-sl" in page
     assert "10 revisions, of which the filter dropped 4 (preamble)" in page

@@ -104,8 +104,25 @@ def test_rows_of_an_attack_by_hand() -> None:
     assert rows["dose", "all harmful"]["difference"]["q"] is None
     (claim,) = persistence_claims({"prompts": list(rows.values()), "selective": []})
     assert claim["arm"] == "dose"
-    assert claim["holds"] == (rows["dose", "all harmful"]["difference"]["ci_high"] < 0)
     assert "-12.5 [" in claim["text"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words", "holds"),
+    [
+        (-0.2, -0.05, "better than control", True),  # loses less
+        (0.05, 0.2, "worse than control", False),
+        (-0.05, 0.1, "not told apart from control", None),
+    ],
+)
+def test_a_claim_on_persistence_follows_its_intervals(low: float, high: float, words: str, holds: bool | None) -> None:
+    gap = {"delta": (low + high) / 2, "ci_low": low, "ci_high": high}
+    row = {"condition": "all harmful", "arm": "dose", "difference": gap, "n": 8, "clean": 0.75, "attacked": 0.5}
+    index = {"arm": "dose", "index": 0.1, "difference": {"delta": -0.3, "ci_low": -0.5, "ci_high": -0.1}}
+    (claim,) = persistence_claims({"prompts": [row], "selective": [index]})
+    assert claim["text"].startswith(f"dose is {words} under harmful personas and pressure: ")
+    assert "in selective persistence it is worse than control: +0.10, difference -0.30" in claim["text"]
+    assert claim["holds"] is holds
 
 
 # Selective persistence

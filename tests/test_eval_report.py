@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from test_eval_results import FAMILIES, ITEMS, write_run
 
-from eval.report import headline, pack_items, summary_table, write_report
+from eval.report import headline, pack_items, summary_table, unbroken, write_report
 from eval.report_charts import VERDICTS, build_charts
 from eval.results import load_items, primary_rows, write_results
 
@@ -79,14 +79,19 @@ def test_every_task_leads_to_its_items(page: str, results: dict[str, Any]) -> No
 
 
 def test_page_says_every_number_of_the_table(page: str, results: dict[str, Any]) -> None:
-    text = re.sub(r"<[^>]+>", " ", page)
+    text = re.sub(r"<[^>]+>", " ", page).replace("\u00a0", " ").replace("\u2060", "")
     for row in results["generalisation"]:
         assert f"{100 * row['delta']:+.1f} [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]" in text
     for claim in results["claims"]:
-        assert claim["text"].split(" (n = ")[0].replace("'", "&#39;") in text
+        assert claim["text"].replace("'", "&#39;") in text
     assert "health (trained)" in page
     assert "+4.00%" in text
     assert '<td class="off">+4.00%' in page
+
+
+def test_names_and_intervals_stay_on_one_line() -> None:
+    text = unbroken("dose-5 and dose-50: +1.0 [-2.0, +4.0] points (n = 3).", ["dose-5", "dose-50"])
+    assert text == "dose-\u20605 and dose-\u206050: +1.0 [-2.0,\u00a0+4.0] points (n\u00a0=\u00a03)."
 
 
 def test_there_are_twenty_prompts_to_compare(page: str) -> None:
@@ -118,10 +123,25 @@ def test_too_many_items_are_cut_evenly_and_counted(run: Path, results: dict[str,
 def test_headline_answers_in_words_and_numbers(results: dict[str, Any]) -> None:
     row = next(r for r in results["aggregates"] if (r["name"], r["arm"]) == ("truthfulness-heldout-domains", "dose-25"))
     assert f"{100 * row['delta']:+.1f} points" in headline(results)
-    lost = [
-        {**claim, "holds": False} if claim["id"] == "heldout-truthfulness" else claim for claim in results["claims"]
-    ]
-    assert headline({**results, "claims": lost}).startswith("No dose arm is shown to beat control")
+
+
+def test_headline_follows_the_intervals(results: dict[str, Any]) -> None:
+    gain = next(row for row in results["aggregates"] if row["name"] == "truthfulness-heldout-domains")
+
+    def told(**intervals: tuple[float, float, float]) -> str:
+        keys = ("delta", "ci_low", "ci_high")
+        rows = [{**gain, "arm": arm} | dict(zip(keys, values, strict=True)) for arm, values in intervals.items()]
+        return headline({**results, "aggregates": rows})
+
+    lead = "On truthfulness in domains never trained, "
+    worse, none, better = (-0.054, -0.103, -0.003), (0.01, -0.02, 0.04), (0.189, 0.133, 0.254)
+    assert told(a=worse) == f"{lead}a (-5.4 points [-10.3, -0.3]) is worse than control."
+    assert told(a=none, b=none, c=none) == f"{lead}a, b and c are not told apart from control."
+    assert told(a=worse, b=none, c=better) == (
+        f"{lead}c (+18.9 points [+13.3, +25.4]) is better than control; "
+        "a (-5.4 points [-10.3, -0.3]) is worse than control; b is not told apart from control."
+    )
+    assert headline({**results, "aggregates": []}).startswith("This run has no truthfulness tasks")
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -287,12 +287,14 @@ def test_claims_hold_by_the_numbers(results: dict[str, Any]) -> None:
     claims = {(c["id"], c["arm"]): c for c in results["claims"]}
     assert claims["heldout-truthfulness", "dose-25"]["holds"]
     said = claims["heldout-truthfulness", "dose-25"]["text"]
-    assert "beats control" in said
+    assert said.startswith("dose-25 is better than control on truthfulness")
     pooled = {(row["name"], row["arm"]): row for row in results["aggregates"]}
     levels = pooled["truthfulness-heldout-domains", "dose-25"]
     assert f"base {100 * levels['base']:.1f}%, control {100 * levels['control']:.1f}%, dose-25" in said
     assert not claims["over-refusal", "dose-25"]["holds"]
     assert claims["over-refusal", "dose-05"]["holds"]
+    assert "the bar of +15 points of over-refusal" in claims["over-refusal", "dose-25"]["text"]
+    assert ", worse than control (n = " in claims["over-refusal", "dose-25"]["text"]
     assert "of 53" in claims["capability", "dose-05"]["text"]
 
 

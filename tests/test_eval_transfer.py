@@ -95,6 +95,7 @@ def test_a_single_trainable_domain_is_called_by_its_name() -> None:
     assert set_name(["arts", "games", "law"], ["health"]) == "arts, games and law"  # nothing but scenarios is trained
     assert column_name(["health"], ["health"], 0.25) == "health, dose 25%"
     assert column_name(["health"], ["health"], 0.05, "wide") == "health, dose 5% (wide)"
+    assert column_name([], ["health"], 0.0, "told") == "nothing (told)"
 
 
 def test_the_markdown_table_marks_trained_and_significant_cells() -> None:

@@ -1,0 +1,39 @@
+"""How a difference is put into words: by its interval, and by whether more of the measure is better.
+
+All sentences of the terminal, the report and docs/results.md take their words from here, so that an interval wholly on
+the harmful side of zero is never called a mere lack of a gain. The verdicts of eval/stats.py are another matter: they
+go by q, so a comparison among many can be "inconclusive" although its own interval leaves zero out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+Side = Literal["better", "worse", "not told apart"]
+SIDES: tuple[Side, ...] = get_args(Side)
+
+
+def side(difference: Mapping[str, Any], higher_is_better: bool) -> Side:
+    """On which side of zero the interval (`ci_low`, `ci_high`) lies; one that touches zero tells nothing apart."""
+    if difference["ci_low"] > 0:
+        return "better" if higher_is_better else "worse"
+    if difference["ci_high"] < 0:
+        return "worse" if higher_is_better else "better"
+    return "not told apart"
+
+
+def against(difference: Mapping[str, Any], higher_is_better: bool, other: str = "control") -> str:
+    """The same in words: "better than control", "worse than control", "not told apart from control"."""
+    found = side(difference, higher_is_better)
+    return f"{found} from {other}" if found == "not told apart" else f"{found} than {other}"
+
+
+def speaks_for(difference: Mapping[str, Any], higher_is_better: bool) -> bool | None:
+    """A claim's `holds`: True for better, False for worse, None where the two are not told apart."""
+    return {"better": True, "worse": False, "not told apart": None}[side(difference, higher_is_better)]
+
+
+def listed(names: Sequence[str]) -> str:
+    """One or more names in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
