@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
 from trl.kernels import chunked_logprob
@@ -133,7 +134,9 @@ def by_trainer(model: Path, way: str, lora: bool, precision: str) -> Result:
     ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
     with pytest.MonkeyPatch.context() as patch:
         if way == "wrapped":
-            patch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.MULTI_CPU)
+            for state in (trainer.accelerator.state, PartialState()):
+                patch.setattr(state, "distributed_type", DistributedType.MULTI_CPU)
+            patch.setattr("train.grpo.packed_logps", None)  # the way of one process
         logps_BC, entropies_BC, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, mask, batch["completion_ids"].shape[1], compute_entropy=True
         )

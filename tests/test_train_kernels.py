@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: make test-kernels"),
 ]
+GRADIENTS = ("hidden", "weight", "bias")
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +66,20 @@ def test_kernels_equal_the_definition(interpreted: dict[Any, Any], name: str, pr
     case = CASES[name]
     exact = by_definition(case, precision, torch.float64)
     kernels = interpreted[name, precision]
-    torch_only = shown("torch", errors(by_definition(case, precision), exact))
-    found = {
-        "kernels": errors(kernels, exact),
-        "token_logps": errors(by_token_logps(case, precision, frozen=False), exact),
-        "token_logps, frozen head": errors(by_token_logps(case, precision, frozen=True), exact),
-    }
-    if case.entropy:  # ours have no gradient of the entropies
-        del found["token_logps"], found["token_logps, frozen head"]
-    # Log Z of 24 is rounded by 2e-6, which is much beside the 1 - p of likely targets.
-    least = 3e-4 if case.likely else 2e-5
-    for way, ours in found.items():
-        for key, error in shown(way, ours).items():
-            assert error <= (least if precision == "float32" else 2 * torch_only[key] + 2**-9), (way, key)
-    # Same products, same order of rounding: only the sums over the vocabulary may differ.
-    for key, error in shown("kernels, TRL's tiles", errors(kernels, by_trl(case, precision))).items():
-        assert error <= (least if key in ("logps", "entropies") or precision == "float32" else 2**-9), key
+    log_softmax = shown("log_softmax", errors(by_definition(case, precision), exact))
+    ways = {"kernels": kernels}
+    if not case.entropy:  # ours have no gradient of the entropies
+        ways["token_logps"] = by_token_logps(case, precision, frozen=False)
+        ways["token_logps, frozen head"] = by_token_logps(case, precision, frozen=True)
+    # Log Z of about 24 is rounded by 2e-6: much beside the 1 - p of likely targets, and times 24 in the entropy.
+    least = {"logps": 1e-5, "entropies": 1e-4} | dict.fromkeys(GRADIENTS, 3e-4 if case.likely else 1e-5)
+    for way, ours in ways.items():
+        for key, error in shown(way, errors(ours, exact)).items():
+            assert error <= (least[key] if precision == "float32" else 2 * log_softmax[key] + 2**-7), (way, key)
+    # The same products: only sums may differ, and 16-bit gradients by what the interpreter cuts off where CUDA rounds.
+    least = {"logps": 1e-5, "entropies": 1e-4} | dict.fromkeys(GRADIENTS, 1e-5 if precision == "float32" else 2**-7)
+    for key, error in shown("kernels, TRL's torch", errors(kernels, by_trl(case, precision))).items():
+        assert error <= least[key], key
 
 
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
@@ -92,8 +91,11 @@ def test_the_trainer_with_kernels_is_that_without(
     """Several processes and TRL's own path, both with kernels, against one process, which has none."""
     alone = by_trainer(tiny_dir, "one process", lora, precision)
     found = shown(way, errors(interpreted[way, lora, precision], alone))
-    assert found["logps"] <= (1e-5 if precision == "float32" else 0.1)
-    assert found["gradients"] <= (1e-5 if precision == "float32" else 0.05)
+    least = {"logps": 1e-5, "entropies": 1e-5, "gradients": 1e-5}
+    if precision == "autocast":  # two forwards, rounded in different places
+        least = {"logps": 0.25, "entropies": 0.25, "gradients": 0.05}
+    for key, error in found.items():
+        assert error <= least[key], key
 
 
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
