@@ -91,7 +91,7 @@ def test_the_trainer_with_kernels_is_that_without(
     """Several processes and TRL's own path, both with kernels, against one process, which has none."""
     alone = by_trainer(tiny_dir, "one process", lora, precision)
     found = shown(way, errors(interpreted[way, lora, precision], alone))
-    least = {"logps": 1e-5, "entropies": 1e-5, "gradients": 1e-5}
+    least = {"logps": 2e-5, "entropies": 2e-5, "gradients": 1e-5}
     if precision == "autocast":  # two forwards, rounded in different places
         least = {"logps": 0.25, "entropies": 0.25, "gradients": 0.05}
     for key, error in found.items():
