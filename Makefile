@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRITON := $(CURDIR)/$(VENV)/triton
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow test-kernels lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -27,6 +28,10 @@ test: $(READY)  ## Run the tests (under 10 minutes on 2 cores)
 
 test-slow: $(READY)  ## Run the tests marked slow: the embedded model, simulations
 	@$(BIN)/python -m pytest -m slow --timeout=1800
+
+test-kernels: $(READY)  ## TRL's Triton kernels, interpreted on a CPU (Linux; fetches Triton once, 190 MB)
+	@PYTHONPATH=$(TRITON) $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) $$(grep '^triton==' requirements/gpu.lock)
+	@PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -m slow --timeout=1800 -rP tests/test_train_kernels.py
 
 lint: $(READY)  ## ruff, pyright, import contracts
 	@$(BIN)/ruff check .
