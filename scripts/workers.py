@@ -34,6 +34,8 @@ def in_order(
 ) -> None:
     """make(stage) for every stage once those that it needs are made, at most `jobs` at a time, in the given order.
 
+    But a stage that another one waits for comes first, so that no long chain is left for the end.
+
     The first error calls `stop`, which ends what is under way, and is raised.
     """
     waiting = list(stages)
@@ -42,7 +44,9 @@ def in_order(
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while waiting or running:
-                for stage in [stage for stage in waiting if unmade.isdisjoint(stage.needs)][: jobs - len(running)]:
+                needed = {name for stage in waiting for name in stage.needs}
+                ready = [stage for stage in waiting if unmade.isdisjoint(stage.needs)]
+                for stage in sorted(ready, key=lambda stage: stage.name not in needed)[: jobs - len(running)]:
                     waiting.remove(stage)
                     running[pool.submit(make, stage)] = stage
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
