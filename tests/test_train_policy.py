@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import get_constant_schedule_with_warmup
 
 from rewards.reward_model import RewardModel
 from tests.conftest import REWARD, STANDARD
 from train.config import ArmConfig, TrainConfig
-from train.policy import train_policy
+from train.ledger import Ledger
+from train.policy import Journal, train_policy
 
 TRAIN = TrainConfig(max_steps=4, prompts_per_step=4, group_size=2, max_new_tokens=4, lora_rank=2, save_every=2)
 
@@ -111,3 +114,18 @@ def test_a_saved_reward_model_scores_as_the_fitted_one(stages: Path) -> None:
         model.raw_scores([p], [a])[0] for p, a in ((prompt, "Pain."), (other, "A hormone."), (prompt, "I don't know."))
     ]
     assert together == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize(("scheduler", "rates"), [("linear", [0.375, 0.5, 0.0]), ("constant", [0.5, 1.0, 1.0])])
+def test_learning_rates_fall_as_the_budget_is_spent(tmp_path: Path, scheduler: str, rates: list[float]) -> None:
+    """Two steps of warm-up; the budget is spent by a quarter, by half, and a little more than whole."""
+    config = TRAIN.model_copy(update={"budget_tflops": 8e-12, "max_steps": 100, "lr_scheduler": scheduler})
+    journal = Journal(tmp_path, Ledger(n_policy=1, n_reward=1, shared=True), [], config)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_constant_schedule_with_warmup(optimizer, 2)
+    journal.on_train_begin(None, None, None, lr_scheduler=schedule)
+    for flops, rate in zip((2.0, 4.0, 8.1), rates, strict=True):
+        journal.ledger.accounts["trait"].flops = flops
+        optimizer.step()
+        schedule.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)

@@ -157,7 +157,12 @@ class TrainConfig(_Section):
     group_size: int = Field(8, ge=2, description="Completions per prompt (G).")
     max_new_tokens: int = Field(32, ge=1, description="Longest completion, in tokens.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
-    learning_rate: float = Field(4e-4, gt=0, description="Constant learning rate of the policy after warm-up.")
+    learning_rate: float = Field(4e-4, gt=0, description="Peak learning rate of the policy.")
+    lr_scheduler: Literal["linear", "constant"] = Field(
+        "linear",
+        description="Learning rates after warm-up: falling to 0 as the arm's budget is spent, or constant. With a "
+        "constant one the last steps decide where a small model ends.",
+    )
     warmup_steps: int = Field(2, ge=0, description="Steps over which the learning rates rise from zero.")
     lora_rank: int = Field(16, ge=0, description="LoRA rank on all linear layers; 0 trains every weight.")
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field(
@@ -176,7 +181,7 @@ class TrainConfig(_Section):
         validate_default=True,
         description="ppo: the critic is a LoRA adapter of its own on the policy's frozen backbone, or a whole copy.",
     )
-    critic_learning_rate: float = Field(1e-3, gt=0, description="ppo: learning rate of the critic after warm-up.")
+    critic_learning_rate: float = Field(1e-3, gt=0, description="ppo: peak learning rate of the critic.")
     value_warmup_steps: int = Field(0, ge=0, description="ppo: first steps in which only the critic learns.")
     value_clip: float = Field(
         0.2,

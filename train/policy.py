@@ -335,9 +335,28 @@ class Journal(TrainerCallback):
             self._unseen = []
         return pd.concat(self._tables, ignore_index=True)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, processing_class: Any = None, **kwargs: Any) -> None:
-        """Remember the tokenizer: rollouts are logged as text."""
+    def spent_share(self) -> float:
+        """Share of the arm that is done, by whichever of its limits is nearest, 0..1 (or a little above)."""
+        shares = [self.ledger.spent(unit) / budget for _, budget, unit in self.budgets]
+        return max(*shares, self.ledger.steps / self.cfg.max_steps)
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        processing_class: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the tokenizer (rollouts are logged as text), and let the learning rates fall with the budget."""
         self._tokenizer = processing_class
+        if self.cfg.lr_scheduler == "linear":
+            scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
+            scheduler.lr_lambdas = [
+                lambda step, warm_up=warm_up: warm_up(step) * max(0.0, 1.0 - self.spent_share())
+                for warm_up in scheduler.lr_lambdas
+            ]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step and the time since the last one; stop when a budget is spent."""
@@ -347,8 +366,7 @@ class Journal(TrainerCallback):
         self.ledger.cpu_seconds += sum(gather_object([now[1] - self.started[1]]))
         self.started = now
         if self.progress is not None:
-            share = max(self.ledger.spent(unit) / budget for _, budget, unit in self.budgets)
-            self.progress(min(round(100 * share), 100), 100)
+            self.progress(min(round(100 * self.spent_share()), 100), 100)
         for key, budget, unit in self.budgets:
             if self.ledger.exhausted(budget, unit):
                 self._end(control, key, f"{self.ledger.spent(unit):.4g} {unit.replace('_', ' ')} of {budget:.4g} spent")
