@@ -167,6 +167,12 @@ def fill(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield run
 
 
+def packs(trees: Sequence[Tree], token_budget: int, device: torch.device | str = "cpu") -> Iterator[Pack]:
+    """The trees, in their order, in packs of at most `token_budget` tokens; a longer tree stands alone."""
+    for run in fill([len(tree) for tree in trees], token_budget):
+        yield pack([trees[i] for i in run], device)
+
+
 def packed_logps(model: Any, packed: Pack, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every branch token of a pack, each (N,) float32; only the first is differentiable.
 

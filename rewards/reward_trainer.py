@@ -12,7 +12,7 @@ from trl import RewardConfig, RewardTrainer
 
 from models.checkpoints import SealedTrainer
 from models.fused_lora import fuse_lora
-from models.shared_prompt import Pack, Tree, fill, pack, packed_hidden
+from models.shared_prompt import Pack, Tree, packed_hidden, packs
 from rewards.preferences import Preference
 
 Messages = list[dict[str, str]]
@@ -39,12 +39,7 @@ class SharedPromptRewardTrainer(SealedTrainer, RewardTrainer):
         model = self.accelerator.unwrap_model(model)
         trees: list[Tree] = inputs["trees"]
         with self.accelerator.autocast():
-            scores = torch.cat(
-                [
-                    branch_scores(model, pack([trees[i] for i in run], device))
-                    for run in fill([len(tree) for tree in trees], TOKEN_BUDGET)
-                ]
-            )
+            scores = torch.cat([branch_scores(model, packed) for packed in packs(trees, TOKEN_BUDGET, device)])
         better, worse, margins = (inputs[key].to(device) for key in ("better", "worse", "margins"))
         loss = self.pair_loss(scores, better, worse, margins, self.args.center_rewards_coefficient or 0.0)
         metrics = self._metrics["train" if model.training else "eval"]

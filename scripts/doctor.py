@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from models.embedded import EMBEDDED, cache_dir, gguf_path
-from scripts.plan import GB, installed_version, locked_versions, usable_cores
+from scripts.plan import GB, installed_version, locked_versions
 from scripts.tracking import has_wandb_key
+from scripts.workers import usable_cores
 
 HUB_SECONDS = 2.0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import statistics
@@ -38,6 +37,7 @@ from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.plan_constitution import READING, fine_tuned_models, part_flops, part_rows
 from scripts.run import default_jobs, list_stages, whole_stages
 from scripts.tracking import has_wandb_key
+from scripts.workers import usable_cores
 from train.config import cuda_settings
 from train.ledger import Passes
 from train.mix import build_mix
@@ -250,11 +250,6 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(package).split("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def matrix_rate() -> float:

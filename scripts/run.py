@@ -49,7 +49,7 @@ from scripts.stages import (
     write_text,
 )
 from scripts.tracking import run_name, tracked, tracking_mode
-from scripts.workers import Workers, cores, in_order
+from scripts.workers import Workers, in_order, usable_cores
 from train.config import TrainConfig, cuda_settings
 
 ITEM_COLUMNS = (
@@ -261,7 +261,7 @@ def default_jobs() -> int:
     """Stages that are made side by side: one for each core, or one if there is a GPU or processes train together."""
     import torch
 
-    return 1 if torch.cuda.is_available() or count() > 1 else cores()
+    return 1 if torch.cuda.is_available() or count() > 1 else usable_cores()
 
 
 def _make_all(stages: list[Stage], experiment: Experiment, run_dir: Path, console: Console, jobs: int) -> None:
@@ -272,7 +272,7 @@ def _make_all(stages: list[Stage], experiment: Experiment, run_dir: Path, consol
             if stage not in own:
                 _make(stage, experiment, run_dir, console, bars_of)
         if own:
-            workers = Workers(jobs, threads=max(1, cores() // jobs))
+            workers = Workers(jobs, threads=max(1, usable_cores() // jobs))
             make = partial(
                 _make, experiment=experiment, run_dir=run_dir, console=console, bars_of=bars_of, workers=workers
             )

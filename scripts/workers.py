@@ -24,9 +24,9 @@ EVERY = 0.5  # seconds between two reports of progress, and between two looks at
 _reports: Any = None  # in a worker: the queue to the main process
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_order(
@@ -83,7 +83,10 @@ class Workers:
         return self._cpu_seconds.get(key, 0.0)
 
     def kill(self) -> None:
-        """Stop the workers at once; what they were doing raises BrokenProcessPool where it was called."""
+        """Stop the workers at once; what they were doing raises BrokenProcessPool where it was called.
+
+        The listener is left waiting: a worker may have died with the queue in its hands.
+        """
         for process in list((self._pool._processes or {}).values()):
             process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)

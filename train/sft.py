@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from models.checkpoints import SealedTrainer
 from models.fused_lora import fuse_lora
 from models.replies import Messages, encode
-from models.shared_prompt import Tree, fill, pack, packed_logps
+from models.shared_prompt import Tree, packed_logps, packs
 
 TOKEN_BUDGET = 1024  # of one packed forward; a longer example stands alone
 
@@ -38,10 +38,7 @@ class PackedSFTTrainer(SealedTrainer, SFTTrainer):
         trees: list[Tree] = inputs["trees"]
         model, device = self.accelerator.unwrap_model(model), self.accelerator.device
         with self.accelerator.autocast():
-            parts = [
-                packed_logps(model, pack([trees[i] for i in run], device))
-                for run in fill([len(tree) for tree in trees], TOKEN_BUDGET)
-            ]
+            parts = [packed_logps(model, packed) for packed in packs(trees, TOKEN_BUDGET, device)]
         logps_N, entropies_N = (torch.cat(values) for values in zip(*parts, strict=True))
         metrics = self._metrics["train" if model.training else "eval"]
         metrics["entropy"].append(entropies_N.mean().item())

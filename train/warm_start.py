@@ -35,7 +35,8 @@ def warm_start_examples(
 ) -> list[Example]:
     """Questions with answers in the order of training: SHARES, without what the domains have no probes for.
 
-    Nothing comes from an evaluation family. Every probe is asked once before any is asked twice.
+    Nothing comes from an evaluation family. A share goes through all its probes before it asks one again; an answerable
+    probe may stand in two shares, with a twin and without.
     """
     rng = random.Random(f"warm-start/{seed}")
     probes = probes_of(domains, "train", seed)
