@@ -47,7 +47,7 @@ LEARN = 0.69  # packed forward and backward, LoRA
 FORWARD = 0.46
 SAMPLE = 0.24  # token by token, 32 completions at a time
 LOAD_SECONDS = 8  # a stage's imports and weights
-SIDE_BY_SIDE = 1.6  # work of two arms on a core each, against one after the other on two; more cores gain no less
+SIDE_BY_SIDE = 1.4  # work of two arms on a core each, against one after the other on two: 1.3 to 1.5 was seen
 
 CHARS_PER_TOKEN = 3.8  # English and sums with a vocabulary of 49k; other vocabularies differ by about a fifth
 TEMPLATE_TOKENS = 8  # chat template without a system message
