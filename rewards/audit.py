@@ -17,12 +17,10 @@ import numpy as np
 
 from rewards.audit_policy import AuditPolicy
 from rewards.hacks import HACKS, TRAINED, Case, Messages, hacked
-from rewards.pairs import abstention
-from rewards.preferences import scenario_case
+from rewards.preferences import is_worse, probe_case, scenario_case
 from rewards.probes import Probe, probes_of
 from rewards.reward_model import share
 from rewards.scenarios import load_scenarios
-from rewards.verifier import gold
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,7 @@ def probe_targets(domains: Sequence[str], n: int, seed: int) -> list[Target]:
     for answerable in (True, False):
         pool = [probe for probe in probes if (probe.kind == "answerable") == answerable]
         drawn += rng.sample(pool, min((n + answerable) // 2, len(pool)))
-    replies = {probe.id: probe.right or abstention(probe, rng) for probe in drawn}
-    targets: list[Target] = []
-    for probe in drawn:
-        others = [other for other in drawn if other.family != probe.family and other.right] or [probe]
-        case = Case(probe.messages, replies[probe.id], replies[rng.choice(others).id])
-        targets.append(Target(probe.id, case, probe))
-    return targets
+    return [Target(probe.id, probe_case(probe, drawn, rng), probe) for probe in drawn]
 
 
 def audit(model: Reward, targets: Sequence[Target], policy: AuditPolicy, seed: int) -> list[dict[str, Any]]:
@@ -120,10 +112,8 @@ def _attacks(name: str, targets: Sequence[Target], seed: int) -> list[tuple[Targ
     attacks: list[tuple[Target, str]] = []
     for target in targets:
         text = hacked(name, target.case, "audit", random.Random(f"{seed}/{name}/{target.name}"))
-        if text.strip() == target.case.good.strip():
-            continue
-        probe = target.probe
-        if probe is None or HACKS[name].spoils == "form" or gold(probe, text) < gold(probe, target.case.good):
+        good = target.case.good
+        if text.strip() != good.strip() if target.probe is None else is_worse(name, text, target.probe, good):
             attacks.append((target, text))
     return attacks
 

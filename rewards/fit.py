@@ -23,6 +23,7 @@ from rewards.preferences import (
     VALIDATION_SHARE,
     Preference,
     adversarial,
+    adversarial_probes,
     from_probes,
     from_scenarios,
     load_preferences,
@@ -186,4 +187,6 @@ def _probe_parts(seed: int) -> Parts:
     }
     rng = random.Random(f"pairs/{seed}")
     drawn = {part: draw_probes(pool, PROBES[part], rng) for part, pool in pools.items()}
-    return {part: from_probes(make_pairs(probes, seed)) for part, probes in drawn.items()}
+    parts = {part: from_probes(make_pairs(probes, seed)) for part, probes in drawn.items()}
+    parts["train"] += adversarial_probes(drawn["train"], seed)
+    return parts

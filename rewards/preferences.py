@@ -1,8 +1,7 @@
 """Preferences that a reward model is fitted on and measured by: two replies to one prompt, the better one known.
 
 They come from probes (rewards/pairs.py), from the exemplars of the scenario bank, and from the user's own JSONL file.
-What the scenarios add to their own bad exemplars, for training only, are off-topic replies (the good reply to another
-scenario) and hacked ones (rewards/hacks.py, in other words than the audit's).
+Scenarios and probes add, for training only, hacked replies (rewards/hacks.py, in other words than the audit's).
 """
 
 from __future__ import annotations
@@ -10,15 +9,16 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from rewards.hacks import TRAINED, Case, hacked
-from rewards.pairs import Pair
+from rewards.hacks import HACKS, TRAINED, Case, hacked
+from rewards.pairs import Pair, abstention
+from rewards.probes import Probe
 from rewards.scenarios import Message, Scenario, Split
 from rewards.traits import Text, describe
 from rewards.verifier import gold
@@ -48,20 +48,12 @@ class Preference:
         return self.prices[0] - self.prices[1]
 
 
-def from_probes(pairs: Iterable[Pair]) -> list[Preference]:
+def from_probes(pairs: Sequence[Pair]) -> list[Preference]:
     """The pairs of probes, in their order, with the verifier's prices."""
+    prices = ((gold(pair.probe, pair.chosen), gold(pair.probe, pair.rejected)) for pair in pairs)
     return [
-        Preference(
-            prompt_id=pair.probe.id,
-            prompt=pair.probe.messages,
-            chosen=pair.chosen,
-            rejected=pair.rejected,
-            prices=(gold(pair.probe, pair.chosen), gold(pair.probe, pair.rejected)),
-            contrast=pair.contrast,
-            domain=pair.probe.domain,
-            family=f"{pair.probe.domain}/{pair.probe.family}",
-        )
-        for pair in pairs
+        _probe_preference(pair.probe, pair.chosen, pair.rejected, price, pair.contrast)
+        for pair, price in zip(pairs, prices, strict=True)
     ]
 
 
@@ -85,6 +77,38 @@ def adversarial(scenarios: Sequence[Scenario], per_scenario: int, seed: int) -> 
         for name in ["off-topic", *rng.sample(others, per_scenario - 1)][:per_scenario]:
             drawn.append(_preference(scenario, hacked(name, case, "fit", rng), f"hack:{name}"))
     return drawn
+
+
+def adversarial_probes(probes: Sequence[Probe], seed: int) -> list[Preference]:
+    """One hacked reply, of a family in TRAINED, that the good reply to every probe has to beat.
+
+    The good reply is the right one, or honest where nothing is known. What the verifier finds as good is no hack and
+    left out: a refusal where nothing is known.
+    """
+    drawn: list[Preference] = []
+    for probe in probes:
+        rng = random.Random(f"adversarial/{seed}/{probe.id}")
+        name = rng.choice(TRAINED)
+        case = probe_case(probe, probes, rng)
+        text = hacked(name, case, "fit", rng)
+        if is_worse(name, text, probe, case.good):
+            price = BAD if HACKS[name].spoils == "form" else gold(probe, text)
+            drawn.append(_probe_preference(probe, case.good, text, (gold(probe, case.good), price), f"hack:{name}"))
+    return drawn
+
+
+def probe_case(probe: Probe, probes: Sequence[Probe], rng: random.Random) -> Case:
+    """What a hack may use; `other` is the right answer to a probe of another family."""
+    others = [other for other in probes if other.right and other.family != probe.family]
+    good = probe.right or abstention(probe, rng)
+    return Case(probe.messages, good, rng.choice(others).right if others else good)
+
+
+def is_worse(name: str, text: str, probe: Probe, good: str) -> bool:
+    """Whether a hacked reply to the probe is worse than the good one, by its form or in the verifier's eyes."""
+    if text.strip() == good.strip():
+        return False
+    return HACKS[name].spoils == "form" or gold(probe, text) < gold(probe, good)
 
 
 def scenario_case(scenario: Scenario, scenarios: Sequence[Scenario], rng: random.Random) -> Case:
@@ -202,6 +226,21 @@ def _parse(where: str, text: str) -> _Line:
         return _Line.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{where}: {'; '.join(describe(error))}") from None
+
+
+def _probe_preference(
+    probe: Probe, chosen: str, rejected: str, prices: tuple[float, float], contrast: str
+) -> Preference:
+    return Preference(
+        prompt_id=probe.id,
+        prompt=probe.messages,
+        chosen=chosen,
+        rejected=rejected,
+        prices=prices,
+        contrast=contrast,
+        domain=probe.domain,
+        family=f"{probe.domain}/{probe.family}",
+    )
 
 
 def _preference(scenario: Scenario, rejected: str, contrast: str) -> Preference:

@@ -29,7 +29,7 @@ from models.rollout import sample
 from models.shared_prompt import Tree, fill, pack
 from rewards.config import PROBE_TRAIT, RewardConfig
 from rewards.pairs import draw_probes, make_pairs
-from rewards.preferences import Preference, from_probes, style_guess
+from rewards.preferences import Preference, adversarial_probes, from_probes, style_guess
 from rewards.probes import Probe, probes_of
 from rewards.reward_trainer import (
     TOKEN_BUDGET,
@@ -149,6 +149,7 @@ def fit_reward_model(
     parts = {
         name: [*from_probes(make_pairs(part, seed, own)), *(more or {}).get(name, ())] for name, part in drawn.items()
     }
+    parts["train"] += adversarial_probes(drawn["train"], seed)
     write_pairs(parts, out)
     recipe = Recipe(cfg.epochs, cfg.learning_rate, cfg.lora_rank, cfg.batch_size)
     fitted = train_reward_model(parts["train"], start, out, seed, recipe, progress)

@@ -81,7 +81,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """One arm with one seed. Steps and prompts are the least that the budget pays for: shorter answers buy more."""
+    """One arm with one seed. Steps and prompts are the least that the budget buys: shorter answers and groups without a
+    difference buy more."""
 
     steps: int
     trait_prompts: int

@@ -16,6 +16,7 @@ from rewards.pairs import draw_probes, make_pairs
 from rewards.preferences import (
     Preference,
     adversarial,
+    adversarial_probes,
     from_probes,
     from_scenarios,
     load_preferences,
@@ -25,6 +26,7 @@ from rewards.preferences import (
 )
 from rewards.probes import load_probes
 from rewards.scenarios import load_scenarios
+from rewards.verifier import gold
 
 
 def test_probe_pairs_come_in_their_order_with_their_margins() -> None:
@@ -82,6 +84,21 @@ def test_hacked_replies_for_the_fit_are_not_the_audits() -> None:
     assert not {p.rejected for p in preferences} & (attacks - {""})
     assert preferences == adversarial(scenarios, 3, seed=0)
     assert preferences != adversarial(scenarios, 3, seed=1)
+
+
+def test_a_hacked_reply_to_a_probe_costs_what_it_is_worth() -> None:
+    probes = draw_probes(load_probes("health", "train", 0), 300, random.Random(0))
+    by_id = {probe.id: probe for probe in probes}
+    preferences = adversarial_probes(probes, seed=0)
+    assert {p.contrast for p in preferences} == {f"hack:{name}" for name in TRAINED}
+    assert len({p.prompt_id for p in preferences}) == len(preferences) < len(probes)  # some refusals are in place
+    for p in preferences:
+        probe, form = by_id[p.prompt_id], p.contrast in ("hack:pad", "hack:repeat")
+        assert p.prices == (1.0, -1.0 if form else gold(probe, p.rejected))
+        assert p.margin > 0
+    repeated = next(p for p in preferences if p.contrast == "hack:repeat" and by_id[p.prompt_id].right)
+    assert repeated.rejected == " ".join([repeated.chosen] * 4)
+    assert preferences == adversarial_probes(probes, seed=0) != adversarial_probes(probes, seed=1)
 
 
 def test_truthfulness_learns_from_probes_too() -> None:

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from trl import GRPOConfig
 
 from models.loading import load_model, load_tokenizer
+from models.shared_prompt import Tree
 from tests.conftest import tiny_tokenizer
 from train.batches import group_rows
 from train.grpo import SharedPromptGRPOTrainer, step_seed
@@ -125,14 +126,47 @@ def test_other_families_equal_stock(tmp_path: Path, lora: bool, family: str) -> 
     assert_equals_stock(folder, tmp_path, lora, config)
 
 
-def assert_equals_stock(tiny_dir: Path, tmp_path: Path, lora: bool, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("idle", ["some", "a whole group", "all"])
+@pytest.mark.parametrize(
+    "config",
+    [{"loss_type": name} for name in ("grpo", "dapo", "dr_grpo", "bnpo")] + [{"importance_sampling_level": "sequence"}],
+    ids=["grpo", "dapo", "dr_grpo", "bnpo", "gspo"],
+)
+def test_rows_without_an_advantage_are_not_read(
+    tiny_dir: Path, tmp_path: Path, config: dict[str, Any], idle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the loss, its gradients and TRL's metrics are those of all rows, even where their old ratio was absurd."""
+    batch = {key: value for key, value in a_batch(shuffle=False).items() if key != "ref_per_token_logps"}
+    batch["advantages"][{"some": [1, 2, 5], "a whole group": [0, 1, 2, 3], "all": list(range(8))}[idle]] = 0.0
+    batch["old_per_token_logps"] = -torch.rand(8, 6, generator=torch.Generator().manual_seed(1)) * 6
+    batch["old_per_token_logps"][batch["advantages"] == 0] = -60.0
+    read: list[list[int]] = []
+
+    def packed(self: SharedPromptGRPOTrainer, model: Any, trees: list[Tree]) -> Any:
+        read.extend([len(tree.prompt), *map(len, tree.branches)] for tree in trees)
+        return stock_packed(self, model, trees)
+
+    stock_packed = SharedPromptGRPOTrainer._packed_logps
+    monkeypatch.setattr(SharedPromptGRPOTrainer, "_packed_logps", packed)
+    trainers = assert_equals_stock(tiny_dir, tmp_path, True, config, batch)
+    lengths = {"some": [[8, 6, 0], [4, 2, 4, 5]], "a whole group": [[4, 2, 6, 4, 5]], "all": [[8, 6]]}
+    assert read[2:] == lengths[idle]  # the first two: the log-probabilities of all rows, as they are compared
+    ours, stock = ({k: v[-1] for k, v in t._metrics["train"].items() if k != "entropy"} for t in trainers)
+    assert ours == pytest.approx(stock, nan_ok=True)
+    assert len(ours) > 3
+
+
+def assert_equals_stock(
+    tiny_dir: Path, tmp_path: Path, lora: bool, config: dict[str, Any], batch: dict[str, Any] | None = None
+) -> list[SharedPromptGRPOTrainer]:
     """Log-probabilities within 1e-4, loss, and gradients within 1e-5 (relative) of TRL's own path."""
-    results = []
+    results, trainers = [], []
     for share in (True, False):
         trainer = build(tiny_dir, tmp_path / str(share), share, lora, **config)
+        trainers.append(trainer)
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-        batch = a_batch(shuffle=True)
+        batch = batch or a_batch(shuffle=True)
         logps, _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
@@ -150,6 +184,7 @@ def assert_equals_stock(tiny_dir: Path, tmp_path: Path, lora: bool, config: dict
     assert len(grads) > 10
     for name, grad in grads.items():
         assert (grad - stock_grads[name]).norm() <= 1e-5 * stock_grads[name].norm() + 1e-9, name
+    return trainers
 
 
 def test_two_steps_move_every_lora_weight_and_record_every_rollout(tiny_dir: Path, tmp_path: Path) -> None:

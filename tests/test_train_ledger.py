@@ -31,6 +31,16 @@ def test_without_sharing_every_completion_pays_for_its_prompt() -> None:
     assert ledger.to_json()["total"]["scored_tokens"] == 0
 
 
+def test_an_update_reads_what_it_learns_from() -> None:
+    ledger = Ledger(n_policy=100, n_reward=10, shared=True)
+    ledger.add("trait", 5, [3, 4], scored=True, trained=[True, False])
+    ledger.add("standard", 6, [1, 1], scored=False, trained=[False, False])  # no advantage: sampled and no more
+    book = ledger.to_json()
+    assert (book["trait"]["trained_tokens"], book["standard"]["trained_tokens"]) == (8, 0)
+    assert book["trait"]["flops"] == 2 * 100 * 12 + 6 * 100 * 8 + 2 * 10 * 17
+    assert book["standard"]["flops"] == 2 * 100 * 8
+
+
 def test_json_round_trip() -> None:
     ledger = Ledger(n_policy=100, n_reward=10, shared=True, steps=3, wall_seconds=1.5)
     ledger.add("trait", 5, [3], scored=True)

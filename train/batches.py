@@ -5,6 +5,7 @@ A batch is ids and mask, each (B, P + C): prompts padded on the left to the widt
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -19,11 +20,18 @@ def whole_rows(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
 
 
-def group_rows(input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[list[Tree], list[list[int]]]:
-    """Trees of a batch with prompts of padded width `width`, and for each the batch rows of its branches."""
+def group_rows(
+    input_ids: Tensor, attention_mask: Tensor, width: int, read_B: Tensor | None = None
+) -> tuple[list[Tree], list[list[int]]]:
+    """Trees of a batch with prompts of padded width `width`, and for each the batch rows of its branches.
+
+    With `read_B`, (B,) of truth values, of those rows alone.
+    """
     ids, mask = input_ids.tolist(), attention_mask.bool().tolist()
+    read = [True] * len(ids) if read_B is None else read_B.tolist()
     rows_of: dict[tuple[int, ...], list[int]] = {}
-    for row, (tokens, kept) in enumerate(zip(ids, mask, strict=True)):
+    for row in compress(range(len(ids)), read):
+        tokens, kept = ids[row], mask[row]
         prompt = tuple(t for t, k in zip(tokens[:width], kept[:width], strict=True) if k)
         rows_of.setdefault(prompt, []).append(row)
     trees = [
@@ -37,13 +45,13 @@ def group_rows(input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[l
 
 
 def tree_runs(
-    input_ids: Tensor, attention_mask: Tensor, width: int, token_budget: int
+    input_ids: Tensor, attention_mask: Tensor, width: int, token_budget: int, read_B: Tensor | None = None
 ) -> list[tuple[list[Tree], Tensor, Tensor]]:
     """Trees for one packed forward each, of at most `token_budget` tokens.
 
     With the batch row and the completion column of each of their N branch tokens, (N,).
     """
-    trees, rows = group_rows(input_ids, attention_mask, width)
+    trees, rows = group_rows(input_ids, attention_mask, width, read_B)
     runs: list[tuple[list[Tree], Tensor, Tensor]] = []
     for run in fill([len(tree) for tree in trees], token_budget):
         branches = [(row, branch) for i in run for row, branch in zip(rows[i], trees[i].branches, strict=True)]

@@ -232,6 +232,11 @@ class TrainConfig(_Section):
         """Whether the reference reads the rollouts."""
         return self.beta > 0 or self.max_kl is not None or self.watch.kl.threshold is not None
 
+    @property
+    def skips_idle_rows(self) -> bool:
+        """Whether the update leaves out completions without an advantage: no other term of the loss needs them."""
+        return self.prompt_sharing and self.algorithm != "ppo" and not self.measures_kl
+
     @field_validator(
         "critic", "critic_learning_rate", "value_warmup_steps", "value_clip", "gamma", "gae_lambda", "epochs",
         "minibatches", "clip", "whiten_advantages",

@@ -94,6 +94,7 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
         self.measure_kl = measure_kl
         self.canary = canary
         self.checked = False
+        self._read_B: Tensor | None = None  # the rows that the update at hand reads; None outside of updates
         whole = self.accelerator.unwrap_model(self.model)
         if share:
             fuse_lora(whole)
@@ -129,14 +130,16 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
             )
             self._latest_logps = stock[0].detach()
             return stock
-        logps_BC, entropies_BC = self._shared_logps(model, input_ids, attention_mask, logits_to_keep)
+        logps_BC, entropies_BC = self._shared_logps(model, input_ids, attention_mask, logits_to_keep, self._read_B)
         self._latest_logps = logps_BC.detach()
         return logps_BC, entropies_BC if compute_entropy else None, None
 
     def _shared_logps(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, read_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        runs = tree_runs(input_ids, attention_mask, input_ids.shape[1] - logits_to_keep, self.token_budget)
+        """(B, C) each. Rows that are not read have log-probability zero, and the mean entropy of those that are."""
+        width = input_ids.shape[1] - logits_to_keep
+        runs = tree_runs(input_ids, attention_mask, width, self.token_budget, read_B)
         logps_BC = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
         entropies_BC = torch.zeros_like(logps_BC)
         for trees, row_N, col_N in runs:
@@ -144,6 +147,9 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
                 logps_N, entropies_N = self._packed_logps(model, trees)
             logps_BC = logps_BC.index_put((row_N, col_N), logps_N)
             entropies_BC[row_N, col_N] = entropies_N
+        if read_B is not None:
+            tokens = sum(len(row_N) for _, row_N, _ in runs)
+            entropies_BC[~read_B] = entropies_BC[read_B].sum() / max(tokens, 1)
         if self.accelerator.num_processes > 1:
             # Wrapped models communicate in every forward and backward pass, so all processes make equally many.
             most = int(self.gathered(torch.tensor([len(runs)], device=input_ids.device)).max())
@@ -297,13 +303,39 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
     # -- the loss, and what is logged beside it
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        loss = super()._compute_loss(model, inputs)
-        self.log_gaps(inputs, self._latest_logps)
+        with self.reading(inputs) as batch:
+            loss = super()._compute_loss(model, batch)
+            self.log_gaps(batch, self._latest_logps)
         return loss
+
+    @contextmanager
+    def reading(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Within it the policy reads only rows that the loss depends on: not those without an advantage.
+
+        Such a row's loss and gradient are zero whatever its log-probabilities; it still counts in every mean that the
+        loss takes. In easy tasks most groups are of this kind, all right or all wrong. One row at least is read, for
+        the gradients that the optimizer and other processes expect. Entropy and canary are then of the rows read.
+        """
+        advantages = batch["advantages"]
+        every = not self.share or advantages.dim() > 1 or self.beta != 0.0 or "ref_per_token_logps" in batch
+        if every or bool((advantages != 0).all()):
+            yield batch
+            return
+        read_B = advantages != 0
+        read_B[0] |= ~read_B.any()
+        if "old_per_token_logps" in batch:  # so that the ratio of what is not read is one
+            batch = batch | {"old_per_token_logps": batch["old_per_token_logps"] * read_B[:, None]}
+        self._read_B = read_B
+        try:
+            yield batch
+        finally:
+            self._read_B = None
 
     def log_gaps(self, batch: dict[str, Any], logps_BC: Tensor) -> None:
         """Log the canary, and the KL to the start where TRL's loss has no KL term (Schulman's k3, mean per token)."""
         mask_BC = batch["completion_mask"]
+        if self._read_B is not None:
+            mask_BC = mask_BC * self._read_B[:, None]
         if "sampling_per_token_logps" in batch and not self.use_vllm:  # with vLLM TRL logs it
             gap_BC = (batch["sampling_per_token_logps"] - logps_BC).abs()
             self.log_mean("sampling/sampling_logp_difference/mean", gap_BC, mask_BC)

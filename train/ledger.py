@@ -3,14 +3,16 @@
 FLOPs are the usual estimates from the parameter count N (Kaplan et al., 2020, arXiv 2001.08361, section 2.1): a forward
 pass costs 2N per token, forward and backward 6N. Counted per processed token: rollouts encode each prompt once per
 group when prompts are shared (else once per completion) and decode every generated token; the reward model scores
-prompt and completion of trait prompts; the update trains on the same tokens as the rollout, once per epoch. PPO and a
-KL term add forwards of the policy; PPO's critic reads every rollout once and is trained like the policy.
+prompt and completion of trait prompts; the update trains on the same tokens as the rollout, once per epoch, but for
+completions that it leaves out because their advantage is zero (train/grpo.py). PPO and a KL term add forwards of the
+policy; PPO's critic reads every rollout once and is trained like the policy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from typing import Any
 
 from train.config import TrainConfig
@@ -47,8 +49,12 @@ class Passes:
 
     def token_flops(self, n: int | float, policy_learns: bool = True) -> float:
         """FLOPs of one rollout token with models of n parameters each."""
-        train = 6.0 * n * self.epochs
+        train = self.update_flops(n)
         return 2.0 * n * self.forwards + train * policy_learns + (2.0 * n + train) * self.critic
+
+    def update_flops(self, n: int | float) -> float:
+        """FLOPs of one token in the policy's update, all epochs together."""
+        return 6.0 * n * self.epochs
 
 
 @dataclass
@@ -78,19 +84,23 @@ class Ledger:
         completion_tokens: Sequence[int],
         scored: bool,
         policy_learns: bool = True,
+        trained: Sequence[bool] | None = None,
     ) -> None:
-        """Book one group: a prompt of `prompt_tokens` and its completions."""
+        """Book one group: a prompt of `prompt_tokens` and its completions, of which the update reads the `trained`."""
         account = self.accounts[source]
-        generated = sum(completion_tokens)
-        encoded = prompt_tokens if self.shared else prompt_tokens * len(completion_tokens)
+        trained = [True] * len(completion_tokens) if trained is None else trained
+        generated, updated = sum(completion_tokens), sum(compress(completion_tokens, trained))
+        encoded = prompt_tokens * (1 if self.shared else len(completion_tokens))
+        updated += prompt_tokens * (any(trained) if self.shared else sum(trained))
         scored_tokens = prompt_tokens * len(completion_tokens) + generated if scored else 0
         account.prompts += 1
         account.completions += len(completion_tokens)
         account.generated_tokens += generated
         account.scored_tokens += scored_tokens
-        account.trained_tokens += (encoded + generated) * self.passes.epochs
-        token = self.passes.token_flops(self.n_policy, policy_learns)
-        account.flops += token * (encoded + generated) + 2.0 * self.n_reward * scored_tokens
+        account.trained_tokens += updated * self.passes.epochs
+        account.flops += self.passes.token_flops(self.n_policy, policy_learns=False) * (encoded + generated)
+        account.flops += self.passes.update_flops(self.n_policy) * updated * policy_learns
+        account.flops += 2.0 * self.n_reward * scored_tokens
 
     def spent(self, unit: str = "flops") -> float:
         """Spent so far, in a unit of an account."""

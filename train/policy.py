@@ -289,14 +289,16 @@ class Journal(TrainerCallback):
     ) -> None:
         """Write one rollout batch and book it."""
         for start in range(0, len(inputs), self.group_size):
-            source = inputs[start]["source"]
-            lengths = [len(ids) for ids in completion_ids[start : start + self.group_size]]
+            source, end = inputs[start]["source"], start + self.group_size
+            lengths = [len(ids) for ids in completion_ids[start:end]]
+            idle = self.cfg.skips_idle_rows and self.ledger.shared
             self.ledger.add(
                 source,
                 len(prompt_ids[start]),
                 lengths,
                 scored=source == "trait",
                 policy_learns=step >= self.cfg.value_warmup_steps,
+                trained=(advantages[start:end] != 0).tolist() if idle else None,
             )
         if not self.main:
             return

@@ -36,6 +36,10 @@ class SharedPromptRLOOTrainer(SharedPromptGRPOTrainer):
         return output["advantages"]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        with self.reading(inputs) as batch:
+            return self._clipped_loss(model, batch)
+
+    def _clipped_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         ids, mask = whole_rows(inputs)
         mask_BC, advantages_B = inputs["completion_mask"], inputs["advantages"]
         scored: Any = self._get_per_token_logps_and_entropies(model, ids, mask, mask_BC.shape[1], compute_entropy=True)
