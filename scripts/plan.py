@@ -119,7 +119,7 @@ def plan_arm(experiment: Experiment, arm: str, parameters: float, peak: float) -
     length = statistics.mean(prompt_tokens(prompt["prompt"]) for prompt in mix)
     rolled = length * (1 if train.prompt_sharing else group) + group * train.max_new_tokens  # tokens of one prompt
     asked = [prompt_tokens(prompt["prompt"]) for prompt in mix if prompt["source"] == "trait"]
-    scored = dose * group * (statistics.mean(asked or [0.0]) + train.max_new_tokens)  # by one reward model
+    scored = dose * (statistics.mean(asked or [0.0]) + group * train.max_new_tokens)  # by one reward model
     learned = (Passes.of(train).token_flops(parameters) - 2 * parameters) * rolled  # with a critic, if there is one
     flops = (2 * parameters * rolled, 2 * parameters * scored, learned)
     affordable = train.budget_tflops * 1e12 / sum(flops) if parameters else most

@@ -15,9 +15,9 @@ def test_a_group_with_a_shared_prompt() -> None:
         "prompts": 1,
         "completions": 2,
         "generated_tokens": 7,
-        "scored_tokens": 17,  # the reward model reads the prompt with every completion
+        "scored_tokens": 12,  # the reward model, too, reads the prompt once
         "trained_tokens": 12,
-        "flops": 8 * 100 * 12 + 2 * 10 * 17,
+        "flops": 8 * 100 * 12 + 2 * 10 * 12,
     }
     assert book["standard"]["flops"] == 8 * 100 * 8
     assert book["total"]["completions"] == 4
@@ -37,7 +37,7 @@ def test_an_update_reads_what_it_learns_from() -> None:
     ledger.add("standard", 6, [1, 1], scored=False, trained=[False, False])  # no advantage: sampled and no more
     book = ledger.to_json()
     assert (book["trait"]["trained_tokens"], book["standard"]["trained_tokens"]) == (8, 0)
-    assert book["trait"]["flops"] == 2 * 100 * 12 + 6 * 100 * 8 + 2 * 10 * 17
+    assert book["trait"]["flops"] == 2 * 100 * 12 + 6 * 100 * 8 + 2 * 10 * 12
     assert book["standard"]["flops"] == 2 * 100 * 8
 
 
@@ -92,7 +92,7 @@ def test_the_critic_is_booked() -> None:
     ledger.add("trait", 5, [3, 4], scored=True)
     ledger.add("standard", 5, [3, 4], scored=False, policy_learns=False)
     book = ledger.to_json()
-    assert book["trait"]["flops"] == 12 * 100 * (2 + 2 + 18 + 2 + 18) + 2 * 10 * 17
+    assert book["trait"]["flops"] == 12 * 100 * (2 + 2 + 18 + 2 + 18) + 2 * 10 * 12
     assert book["standard"]["flops"] == 12 * 100 * (2 + 2 + 2 + 18)
     assert book["trait"]["trained_tokens"] == 36
     assert Ledger.from_json(book) == ledger

@@ -81,7 +81,7 @@ def test_each_trait_is_trained_by_its_own_reward(stages: Path, tmp_path: Path) -
     assert any(turn["role"] == "assistant" for prompt in dosed for turn in prompt["prompt"])
     generated = rows[rows["source"] == "trait"]["tokens"].sum()
     assert ledger["trait"]["prompts"] == len(dosed) == 9
-    assert ledger["trait"]["scored_tokens"] == 2 * sum(map(encoded_length, dosed)) + generated
+    assert ledger["trait"]["scored_tokens"] == sum(map(encoded_length, dosed)) + generated
     learned = rows[(rows["source"] == "trait") & (rows["advantage"] != 0)]  # the update reads no others
     read = {str(name) for name in learned["prompt_id"]}
     prompts_read = sum(encoded_length(prompt) for prompt in dosed if prompt["prompt_id"] in read)

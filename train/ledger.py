@@ -2,10 +2,10 @@
 
 FLOPs are the usual estimates from the parameter count N (Kaplan et al., 2020, arXiv 2001.08361, section 2.1): a forward
 pass costs 2N per token, forward and backward 6N. Counted per processed token: rollouts encode each prompt once per
-group when prompts are shared (else once per completion) and decode every generated token; the reward model scores
-prompt and completion of trait prompts; the update trains on the same tokens as the rollout, once per epoch, but for
-completions that it leaves out because their advantage is zero (train/grpo.py). PPO and a KL term add forwards of the
-policy; PPO's critic reads every rollout once and is trained like the policy.
+group when prompts are shared (else once per completion) and decode every generated token; the reward model reads a
+trait prompt once, with all its completions (rewards/reward_model.py); the update trains on the same tokens as the
+rollout, once per epoch, but for completions that it leaves out because their advantage is zero (train/grpo.py). PPO and
+a KL term add forwards of the policy; PPO's critic reads every rollout once and is trained like the policy.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Ledger:
         generated, updated = sum(completion_tokens), sum(compress(completion_tokens, trained))
         encoded = prompt_tokens * (1 if self.shared else len(completion_tokens))
         updated += prompt_tokens * (any(trained) if self.shared else sum(trained))
-        scored_tokens = prompt_tokens * len(completion_tokens) + generated if scored else 0
+        scored_tokens = prompt_tokens + generated if scored else 0
         account.prompts += 1
         account.completions += len(completion_tokens)
         account.generated_tokens += generated
