@@ -19,6 +19,7 @@ alt: Any = altair  # its generated signatures are narrower than what it takes
 SHOWN = 2  # items shown for each attack
 TEXT = 300  # characters shown of one text
 SHAPES = {"base": "diamond", "control": "square"}
+FEW_ARMS = 3  # more of them take less room each, and paler bands
 GAP = 0.6  # between the bad and the good steps, in units of the axis
 Rows = Sequence[Mapping[str, Any]]
 
@@ -101,9 +102,11 @@ def _degradations(rows: Rows, colours: Mapping[str, str]) -> Any:
         }
         for row in rows
     ]
+    # lines between the conditions, so that many arms stay with theirs
+    axis = alt.Axis(labelLimit=190, ticks=False, domain=False, grid=True, tickBand="extent", labelPadding=8)
     base = alt.Chart(alt.Data(values=values)).encode(
-        y=alt.Y("condition:N", sort=order, title=None, axis=alt.Axis(labelLimit=190, ticks=False, domain=False)),
-        yOffset=alt.YOffset("arm:N", sort=arms),
+        y=alt.Y("condition:N", sort=order, title=None, axis=axis),
+        yOffset=alt.YOffset("arm:N", sort=arms, scale=alt.Scale(paddingOuter=0.6)),
         color=_colour(arms, colours),
         tooltip=[
             alt.Tooltip("condition:N", title="attack"),
@@ -114,11 +117,11 @@ def _degradations(rows: Rows, colours: Mapping[str, str]) -> Any:
             alt.Tooltip("n:Q"),
         ],
     )
-    x = alt.X("points:Q", title="clean minus attacked, points", axis=alt.Axis(tickCount=8))
+    x = alt.X("points:Q", title="clean minus attacked, points", axis=alt.Axis(tickCount=8, grid=False))
     zero = alt.Chart(alt.Data(values=[{"x": 0.0}])).mark_rule(color="#8b929b").encode(x="x:Q")
     range_ = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q"), x2="high:Q")
     dot = base.mark_point(filled=True, size=64, opacity=1).encode(x=x, shape=_shape(arms))
-    step = 16 if len(arms) > 1 else 24
+    step = 24 if len(arms) == 1 else 16 if len(arms) <= FEW_ARMS else 12
     return alt.layer(zero, range_, dot).properties(width="container", height=step * len(arms) * len(order))
 
 
@@ -164,7 +167,9 @@ def _steps(arms: Rows, settings: Mapping[str, Any], colours: Mapping[str, str]) 
         ],
     )
     score = alt.Y("value:Q", title="score on held-out items", scale=alt.Scale(domain=[0, 1]))
-    band = base.mark_area(opacity=0.13).encode(y=alt.Y("low:Q", title=None), y2="high:Q")
+    band = base.mark_area(opacity=0.13 if len(names) <= FEW_ARMS else 0.06).encode(
+        y=alt.Y("low:Q", title=None), y2="high:Q"
+    )
     line = base.mark_line(strokeWidth=2).encode(y=score)
     dots = base.mark_point(filled=True, size=44, opacity=1).encode(y=score, shape=_shape(names))
     marks = _marks(arms, settings, offset)

@@ -21,7 +21,7 @@ alt: Any = altair  # its generated signatures are narrower than what it takes
 Row = Mapping[str, Any]
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 ABOUT = (
-    "Every number is trait RL minus one constitutional arm, paired by item and seed. In-distribution is the "
+    "Every difference is trait RL minus one constitutional arm, paired by item and seed. In-distribution is the "
     "trained trait in its trained domains, transfer everything else of the generalisation suite (a task of which "
     "less is better is turned round), over-refusal the share of answerable questions and harmless requests that "
     "are refused, preachiness the share of written replies that lecture (a rule)"
@@ -82,7 +82,7 @@ def _findings(rows: Sequence[Row]) -> list[str]:
 def _levels(results: Row) -> list[str]:
     """Families down, control and the arms across; the traits of transfer are folded."""
     levels = results["constitution"]["levels"]
-    arms = _names(levels, "arm")
+    arms = [arm["name"] for arm in results["arms"] if any(row["arm"] == arm["name"] for row in levels)]
     values = {(row["family"], row["arm"]): row for row in levels}
     firsts = {row["family"]: row for row in reversed(levels)}
     order = _names(levels, "family")

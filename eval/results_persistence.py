@@ -94,7 +94,7 @@ def _life(method: str, row: Row, control: Row) -> str:
     mine, theirs = (crossing_text(found["half_life"], NOTHING) for found in (row, control))
     share = row["half_life_longer_than_control"]
     longer = "" if share is None else f", longer in {100 * share:.0f}% of the resamples"
-    return f"half-life ({method}) {mine} steps, control's {theirs}{longer}"
+    return f"half-life in steps ({method}) {mine}, control's {theirs}{longer}"
 
 
 # Tables

@@ -85,8 +85,8 @@ def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     assert done.exit_code == 0, done.output
     text = out.read_text(encoding="utf-8")
     drawn = {path.name for path in (out.parent / "img").iterdir()}
-    names = ["constitution-dose-05", "constitution-dose-25", "persistence-attacks", "persistence-sampling"]
-    names = [f"results-synthetic-{name}.svg" for name in [*names, "persistence-steps-lora"]]
+    names = ["constitution-dose-05", "constitution-dose-25", "persistence-attacks", "persistence-steps-lora"]
+    names = [f"results-synthetic-{name}.svg" for name in [*names, "persistence-sampling"]]
     assert drawn == {"results-frontier.svg", "results-transfer.svg", *names}
     assert re.findall(r"^!\[[^]]{60,}\]\(img/(.*)\)$", text, re.MULTILINE) == names
     for name in names:  # drawn to the end: an empty plot would name no arm
@@ -156,7 +156,7 @@ def test_every_difference_of_the_arms_has_its_interval_q_and_verdict(results: di
                 row["trait_value"], row["value"]
             )
             assert float(cells["q"]) == pytest.approx(row["q"], rel=0.06)
-            assert (cells["n"], cells["on trait RL"]) == (str(row["n"]), row["verdict"])
+            assert (cells["n"], cells["verdict on trait RL"]) == (str(row["n"]), row["verdict"])
     assert count == len(rows)
 
 
@@ -254,7 +254,7 @@ def test_half_lives_recoveries_and_steps(results: dict[str, Any], page: str) -> 
     assert told["dose-25"]["recovered, steps [95%]"].startswith("0.0 ")
     shares = [row["half_life_longer_than_control"] for row in ladder["arms"]]
     assert shares[:2] == [None, 1.0]
-    assert "half-life (lora) > 8 [> 8, > 8] steps, control's" in page
+    assert "half-life in steps (lora) > 8 [> 8, > 8], control's" in page
     assert [(row["data"], row["steps"]) for row in steps] == [
         (data, step) for data in ("bad", "good") for step in ("0", "2", "8")
     ]
