@@ -188,10 +188,10 @@ def _by_step(arms: Sequence[Row]) -> str:
         head += [row["arm"]] if row["arm"] == CONTROL else [row["arm"], f"{row['arm']} minus control"]
     rows: list[Sequence[str]] = []
     for data, key in (("bad", "harmful"), ("good", "recovery")):
-        points = {row["arm"]: {point["step"]: point for point in row[key]} for row in arms}
-        for step in sorted({step for mine in points.values() for step in mine}):
+        by_arm = {row["arm"]: {point["step"]: point for point in row[key]} for row in arms}
+        for step in sorted({step for mine in by_arm.values() for step in mine}):
             cells = [data, str(step)]
-            for arm, mine in points.items():
+            for arm, mine in by_arm.items():
                 point = mine.get(step)
                 cells.append(_score(point))
                 if arm != CONTROL:
