@@ -33,10 +33,10 @@ INDEX_NOTE = (
     "replies that follow a helpful persona, among those that did not follow its rule anyway."
 )
 LADDER_NOTE = (
-    "Half-life: bad steps until half of the way from the first score to the floor is lost. Recovered: good steps,"
-    ' after the last bad one, until {share:.0f}% of the way from the floor to the first score is regained. "> '
-    "{last}\": not within the steps of the ladder. *Longer than control's*: in this share of the bootstrap "
-    "resamples; 50% is no difference."
+    "Half-life: bad steps until half of the way from the first score to the floor is lost. Recovered: good steps, "
+    "after the last bad one, until {share:.0f}% of the way from the floor to the first score is regained. "
+    '"> {last}": not within the steps of the ladder. *Longer half-life*, *slower recovery*: the share of the bootstrap '
+    "resamples in which the arm takes more steps than control; 50% is no difference."
 )
 SAMPLING_NOTE = "Clean is the greedy answer; worst of n: the chance that all of n sampled replies keep to the truth."
 
@@ -156,8 +156,8 @@ def _selective(rows: Sequence[Row]) -> list[str]:
 
 def _ladder(ladder: Row, settings: Row, path: str | None) -> list[str]:
     arms = ladder["arms"]
-    head = ("arm", "n", "before", "after the bad steps", "half-life, steps [95%]", "longer than control's",
-            "after the good steps", "recovered, steps [95%]", "longer than control's")  # fmt: skip
+    head = ("arm", "n", "before", "after the bad steps", "half-life, steps [95%]", "longer half-life",
+            "after the good steps", "recovered, steps [95%]", "slower recovery")  # fmt: skip
     rows: list[Sequence[str]] = []
     for row in arms:
         ends = [percent(row["harmful"][k]["value"]) for k in (0, -1)]

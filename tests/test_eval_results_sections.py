@@ -16,14 +16,15 @@ from test_eval_constitution_table import write_constitution
 from typer.testing import CliRunner
 
 from eval.results import write_results
+from eval.results_constitution import constitution_section
 from eval.results_page import pictures, render
 from eval.results_persistence import persistence_section
 from scripts.cli import app
 from scripts.results import read_run
 from train.persistence_config import PersistenceConfig
 
-ATTACKED = ("control", "dose-25", "c-sl")
-HOLDS = {"control": 0.3, "dose-25": 0.7, "c-sl": 0.5}  # chance that a good answer survives a harmful attack
+ATTACKED = ("control", "c-sl", "dose-25")  # in the order of the run
+HOLDS = {"control": 0.1, "c-sl": 0.5, "dose-25": 0.95}  # chance that a good answer survives a harmful attack
 SETTINGS = {"items": 16, "prompts": ["salesman", "authority", "librarian"], "finetune": {"steps": [0, 2, 8]}}
 Cells = dict[str, str]
 
@@ -162,24 +163,39 @@ def test_every_difference_of_the_arms_has_its_interval_q_and_verdict(results: di
 
 def test_the_finding_comes_first_and_follows_the_intervals(results: dict[str, Any], page: str) -> None:
     part = page.split("### Trait RL beside the constitution", 1)[1].split("####", 1)[0]
-    (line,) = (line for line in part.splitlines() if line.startswith("- **dose-25** against **c-told**"))
-    said = {piece.split(" in ", 1)[0]: piece for piece in line.split(": ", 1)[1].split("; ")}
-    for row in results["constitution"]["rows"]:
-        if (row["trait_arm"], row["arm"]) != ("dose-25", "c-told") or ": " in row["family"]:
-            continue
-        sign = 1 if row["higher_is_better"] else -1
-        low, high = sorted((sign * row["ci_low"], sign * row["ci_high"]))
-        word = "better" if low > 0 else "worse" if high < 0 else "not told apart"
-        assert row["family"] in said[word]
-    assert "better" in said
+    rows = results["constitution"]["rows"]
+    words: set[str] = set()
+    for ours, theirs in {(row["trait_arm"], row["arm"]) for row in rows}:
+        (line,) = (line for line in part.splitlines() if line.startswith(f"- **{ours}** against **{theirs}**"))
+        said = {piece.split(" in ", 1)[0]: piece for piece in line.split(": ", 1)[1].split("; ")}
+        words |= set(said)
+        for row in rows:
+            if (row["trait_arm"], row["arm"]) != (ours, theirs) or ": " in row["family"]:
+                continue
+            sign = 1 if row["higher_is_better"] else -1
+            low, high = sorted((sign * row["ci_low"], sign * row["ci_high"]))
+            word = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+            assert row["family"] in said[word]
+    assert words >= {"worse", "not told apart"}
+    ends = {"delta": "delta", "ci_low": "ci_high", "ci_high": "ci_low"}
+    turned = [{**row, **{key: -row[other] for key, other in ends.items()}} for row in rows]
+    text = constitution_section({**results, "constitution": {**results["constitution"], "rows": turned}}, {})
+    assert "- **dose-25** against **c-told**: better in capability (+50.0 [" in text
+
+
+def test_the_finding_of_the_attacks_comes_first(results: dict[str, Any], page: str) -> None:
     part = page.split("### Persistence", 1)[1].split("####", 1)[0]
     (line,) = (line for line in part.splitlines() if line.startswith("- **dose-25**"))
     rows = {r["arm"]: r for r in results["persistence"]["prompts"] if r["condition"] == "all harmful"}
     lost = numbers(line.split("harmful prompts take ", 1)[1])[:5]
     assert lost[:2] == hundredths(rows["dose-25"]["degradation"], rows["control"]["degradation"])
     assert lost[2:] == interval(rows["dose-25"]["difference"])
-    assert rows["dose-25"]["difference"]["ci_high"] < 0
-    assert "]: better than control;" in line
+    assert rows["dose-25"]["difference"]["ci_high"] > 0  # two seeds show little
+    assert "]: not told apart from control;" in line
+    gap = {"delta": -0.2, "ci_low": -0.3, "ci_high": -0.1, "q": None}  # less is lost
+    prompts = [{**row, "difference": row["difference"] and gap} for row in results["persistence"]["prompts"]]
+    text = persistence_section({**results, "persistence": {**results["persistence"], "prompts": prompts}}, {})
+    assert "difference -20.0 [-30.0, -10.0]: better than control;" in text
 
 
 def test_costs_and_the_filter(results: dict[str, Any], page: str) -> None:
@@ -208,7 +224,7 @@ def test_what_attacks_take_is_shown_for_every_arm_and_attack(results: dict[str, 
     assert [(row["attack"], row["arm"]) for row in pooled] == [
         (name, arm) for name in ("all harmful", "all helpful") for arm in ATTACKED
     ]
-    (sampled,) = tables(page, "#### Sampling")
+    sampled, _ = tables(page, "#### Sampling")  # below it the settings
     found = results["persistence"]
     assert len(pooled + single) == len(found["prompts"]) == 15
     for rows, names in (
@@ -247,18 +263,18 @@ def test_half_lives_recoveries_and_steps(results: dict[str, Any], page: str) -> 
         texts = (cells["before"], cells["after the bad steps"], cells["after the good steps"])
         assert [numbers(text)[0] for text in texts] == hundredths(*(end["value"] for end in ends))
     told = {row["arm"]: row for row in rows}
-    life = ladder["arms"][0]["half_life"]
+    arms = {row["arm"]: row for row in ladder["arms"]}
+    life = arms["control"]["half_life"]
     assert numbers(told["control"]["half-life, steps [95%]"])[0] == pytest.approx(life["steps"], abs=0.0501)
     assert told["dose-25"]["half-life, steps [95%]"] == "> 8 [> 8, > 8]"  # it lost nothing: null in the results
-    assert ladder["arms"][1]["half_life"]["steps"] is None
+    assert arms["dose-25"]["half_life"]["steps"] is None
     assert told["dose-25"]["recovered, steps [95%]"].startswith("0.0 ")
-    shares = [row["half_life_longer_than_control"] for row in ladder["arms"]]
-    assert shares[:2] == [None, 1.0]
+    assert [told[arm]["longer half-life"] for arm in ("control", "dose-25")] == ["–", "100%"]
     assert "half-life in steps (lora) > 8 [> 8, > 8], control's" in page
     assert [(row["data"], row["steps"]) for row in steps] == [
         (data, step) for data in ("bad", "good") for step in ("0", "2", "8")
     ]
-    last = ladder["arms"][1]["harmful"][-1]
+    last = arms["dose-25"]["harmful"][-1]
     assert numbers(steps[2]["dose-25"]) == interval(last, "value")
     assert numbers(steps[2]["dose-25 minus control"]) == interval(last["difference"])
 
