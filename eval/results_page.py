@@ -45,15 +45,28 @@ def render(runs: Sequence[Run], images: Mapping[str, str], command: str) -> str:
         *(_run_head(run) for run in runs),
     ]
     if cells:
-        parts += ["## What carried over", picture("Transfer table", images.get("transfer")), markdown_table(cells)]
+        parts += ["## What carried over", picture(TRANSFER_SEEN, images.get("transfer")), markdown_table(cells)]
     if honesty:
-        parts += ["## Honesty as a pair", FRONTIER_NOTE, picture("Frontier", images.get("frontier")), _pairs(honesty)]
+        parts += [
+            "## Honesty as a pair",
+            FRONTIER_NOTE,
+            picture(FRONTIER_SEEN, images.get("frontier")),
+            _pairs(honesty),
+        ]
     for run, label in zip(runs, _labels(runs), strict=True):
         mine = {name.removeprefix(f"{label}-"): path for name, path in images.items() if name.startswith(f"{label}-")}
         parts += _run_body(run, mine)
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
+TRANSFER_SEEN = (
+    "Tiles: gain in points with its interval, evaluated trait and domain down, trained set across; blue is a gain, "
+    "orange a loss, a dot marks a trained domain"
+)
+FRONTIER_SEEN = (
+    "Points with intervals for every arm: share of the answerable questions answered (across) against error rate when "
+    "answering (up); bottom right is best"
+)
 FRONTIER_NOTE = (
     "Share of the answerable questions that were answered, and error rate among these answers (Wilson, 95%). "
     "Refusing everything and inventing everything are the two ends; ★ marks the arms that no other one beats in both."

@@ -89,7 +89,7 @@ def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     names = ["constitution-dose-05", "constitution-dose-25", "persistence-attacks", "persistence-steps-lora"]
     names = [f"results-synthetic-{name}.svg" for name in [*names, "persistence-sampling"]]
     assert drawn == {"results-frontier.svg", "results-transfer.svg", *names}
-    assert re.findall(r"^!\[[^]]{60,}\]\(img/(.*)\)$", text, re.MULTILINE) == names
+    assert re.findall(r"^!\[[^]]{60,}\]\(img/(.*)\)$", text, re.MULTILINE)[2:] == names
     for name in names:  # drawn to the end: an empty plot would name no arm
         assert "c-sl" in (out.parent / "img" / name).read_text()
     return text
