@@ -7,7 +7,8 @@ constitutional arm: the difference is trait RL minus constitution, paired by ite
 - transfer: everything else of the generalisation suite, and each trait of it by itself ("transfer: lie-detection");
 - over-refusal: the share of answerable questions and harmless requests that are refused (less is better);
 - capability: the capability suite;
-- preachiness: the share of written replies that lecture or recite boilerplate (rewards/monitors.py; less is better).
+- preachiness: the share of written replies that lecture or recite boilerplate (rewards/monitors.py; less is better);
+- persistence: what the harmful prompt attacks take away, clean minus attacked (less is better); where there were any.
 
 Likelihood tasks have no reply of the model's own, so refusing and preaching are seen in generated replies alone.
 """
@@ -24,6 +25,8 @@ from rewards.monitors import preachiness
 
 Frame: TypeAlias = Any  # a pandas DataFrame or Series
 KEY = ["task", "item", "seed"]
+PERSISTENCE = "persistence"
+LESS_IS_BETTER = ("over-refusal", "preachiness", PERSISTENCE)
 ANSWERABLE = ("answerable", "safe-request")  # kinds that a model ought to answer
 
 
@@ -32,26 +35,53 @@ def is_constitutional(method: str) -> bool:
     return method.startswith("constitution-")
 
 
-def constitution_rows(
+def families(
     items: Frame,
-    methods: Mapping[str, str],
     trait: str,
     trained: Sequence[str],
     polarity: Mapping[str, bool],
-    margin: float,
-) -> list[dict[str, Any]]:
+    attacked: Frame | None = None,
+) -> dict[str, Frame]:
+    """Family -> its items of all arms, with what is compared in the column "measure"; families without items too.
+
+    items: the primary rows of all arms; trait, trained: what the trait arm was trained on; polarity: task -> whether
+    more is better (a lower-is-better value v counts as 1 - v); attacked: eval/persistence_results.harmful_losses.
+    """
+    found = dict(_families(items, trait, trained, polarity))
+    if attacked is not None and len(attacked):
+        found[PERSISTENCE] = attacked.assign(measure=attacked["loss"])
+    return found
+
+
+def level_rows(found: Mapping[str, Frame], arms: Sequence[str]) -> list[dict[str, Any]]:
+    """What each arm is worth by itself: its mean in every family, over the items that all of the arms have.
+
+    found: of `families`. An arm without any item of a family has no row of it. A row of `constitution_rows` is over
+    the items of its two arms, so where an item lacks a value for a third arm the two tables differ a little.
+    """
+    rows: list[dict[str, Any]] = []
+    for family, frame in found.items():
+        wide = frame[frame["arm"].isin(arms)].pivot(index=_key(family), columns="arm", values="measure")
+        wide = wide.dropna(axis="columns", how="all").dropna()
+        if wide.empty:
+            continue
+        n = int(wide.reset_index().groupby("task")["item"].nunique().sum())
+        about = {"family": family, "higher_is_better": family not in LESS_IS_BETTER, "n": n}
+        rows += [{**about, "arm": arm, "value": float(wide[arm].mean())} for arm in arms if arm in wide]
+    return rows
+
+
+def constitution_rows(found: Mapping[str, Frame], methods: Mapping[str, str], margin: float) -> list[dict[str, Any]]:
     """One row per trait arm, constitutional arm and family that has items.
 
-    items: the primary rows of all arms; methods: arm -> method, without control; trait, trained: what the trait arm was
-    trained on; polarity: task -> whether more is better (a lower-is-better value v counts as 1 - v); margin: of
-    equivalence. q is Benjamini-Hochberg over the rows of one pair of arms.
+    found: of `families`; methods: arm -> method, without control; margin: of equivalence. q is Benjamini-Hochberg over
+    the rows of one pair of arms.
     """
-    families = dict(_families(items, trait, trained, polarity))
     rows: list[dict[str, Any]] = []
     for ours in (arm for arm, method in methods.items() if not is_constitutional(method)):
         for theirs in (arm for arm, method in methods.items() if is_constitutional(method)):
             of_pair = [
-                row for name, frame in families.items() if (row := _row(name, frame, ours, theirs, margin)) is not None
+                row for name, frame in found.items() if (row := _row(name, frame, ours, theirs, margin)) is not None
             ]
             for row, q in zip(of_pair, benjamini_hochberg([row["p"] for row in of_pair]), strict=True):
                 row["q"] = float(q)
@@ -59,6 +89,11 @@ def constitution_rows(
                 row["verdict"] = verdict(better, float(q), row["p_equivalent"])
             rows += of_pair
     return rows
+
+
+def _key(family: str) -> list[str]:
+    """What names a measurement of one arm: an attacked item is asked once under every attack."""
+    return [*KEY, "condition"] if family == PERSISTENCE else KEY
 
 
 def _families(
@@ -84,9 +119,9 @@ def _families(
 
 def _row(family: str, frame: Frame, ours: str, theirs: str, margin: float) -> dict[str, Any] | None:
     """Trait arm minus constitutional arm over a family's items; None where nothing pairs."""
-    about = ["domain", "family", "kind"]
-    pairs = frame[frame["arm"] == ours][[*KEY, *about, "measure"]].merge(
-        frame[frame["arm"] == theirs][[*KEY, "measure"]], on=KEY, suffixes=("_ours", "_theirs")
+    key, about = _key(family), ["domain", "family", "kind"]
+    pairs = frame[frame["arm"] == ours][[*key, *about, "measure"]].merge(
+        frame[frame["arm"] == theirs][[*key, "measure"]], on=key, suffixes=("_ours", "_theirs")
     )
     pairs = pairs.dropna(subset=["measure_ours", "measure_theirs"])
     if pairs.empty:
@@ -97,13 +132,17 @@ def _row(family: str, frame: Frame, ours: str, theirs: str, margin: float) -> di
     strata = pairs["task"] + "/" + pairs["kind"].where(pairs["kind"] == "answerable", "other")
     ours_values, theirs_values = (pairs[f"measure_{side}"].to_numpy(np.float64) for side in ("ours", "theirs"))
     estimate = paired_difference(
-        ours_values - theirs_values, clusters.to_numpy(str), pairs["seed"].to_numpy(), strata.to_numpy(str)
+        ours_values - theirs_values,
+        clusters.to_numpy(str),
+        pairs["seed"].to_numpy(),
+        strata.to_numpy(str),
+        span=2.0 if family == PERSISTENCE else 1.0,  # a loss is itself a difference
     )
     return {
         "family": family,
         "trait_arm": ours,
         "arm": theirs,
-        "higher_is_better": family not in ("over-refusal", "preachiness"),
+        "higher_is_better": family not in LESS_IS_BETTER,
         "n": int(pairs.groupby("task")["item"].nunique().sum()),
         "pairs": estimate.n,
         "clusters": estimate.clusters,

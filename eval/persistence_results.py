@@ -108,6 +108,16 @@ def read_arms(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[s
     return {arm: table for arm, table in found.items() if _conditions(table) == asked}
 
 
+def harmful_losses(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Frame:
+    """What the harmful prompt attacks took away: a row per arm, item, condition and seed, with `arm` and `loss`.
+
+    loss is clean minus attacked. Empty if the run was not attacked; `arms` names control too.
+    """
+    tables = read_arms(run_dir / "persistence" / "prompts", arms, seeds)
+    losses = [_losses(table).assign(arm=arm) for arm, table in tables.items()]
+    return pd.concat([part[part["role"] == "harmful"] for part in losses]) if losses else pd.DataFrame()
+
+
 def attack_rows(tables: Mapping[str, Frame], pooled: bool = True) -> list[dict[str, Any]]:
     """One row per arm and condition, and with `pooled` one for all harmful and one for all helpful conditions.
 

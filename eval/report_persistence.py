@@ -19,6 +19,7 @@ alt: Any = altair  # its generated signatures are narrower than what it takes
 SHOWN = 2  # items shown for each attack
 TEXT = 300  # characters shown of one text
 SHAPES = {"base": "diamond", "control": "square"}
+FEW_ARMS = 3  # more of them take less room each, and paler bands
 GAP = 0.6  # between the bad and the good steps, in units of the axis
 Rows = Sequence[Mapping[str, Any]]
 
@@ -101,9 +102,20 @@ def _degradations(rows: Rows, colours: Mapping[str, str]) -> Any:
         }
         for row in rows
     ]
+    # lines between the conditions, so that many arms stay with theirs
+    bold = alt.condition(f"indexof({list(ALL.values())}, datum.label) >= 0", alt.value("bold"), alt.value("normal"))
+    axis = alt.Axis(
+        labelLimit=190,
+        labelFontWeight=bold,
+        ticks=False,
+        domain=False,
+        grid=True,
+        tickBand="extent",
+        labelPadding=8,
+    )
     base = alt.Chart(alt.Data(values=values)).encode(
-        y=alt.Y("condition:N", sort=order, title=None, axis=alt.Axis(labelLimit=190, ticks=False, domain=False)),
-        yOffset=alt.YOffset("arm:N", sort=arms),
+        y=alt.Y("condition:N", sort=order, title=None, axis=axis),
+        yOffset=alt.YOffset("arm:N", sort=arms, scale=alt.Scale(paddingOuter=0.6)),
         color=_colour(arms, colours),
         tooltip=[
             alt.Tooltip("condition:N", title="attack"),
@@ -114,11 +126,11 @@ def _degradations(rows: Rows, colours: Mapping[str, str]) -> Any:
             alt.Tooltip("n:Q"),
         ],
     )
-    x = alt.X("points:Q", title="clean minus attacked, points", axis=alt.Axis(tickCount=8))
+    x = alt.X("points:Q", title="clean minus attacked, points", axis=alt.Axis(tickCount=8, grid=False))
     zero = alt.Chart(alt.Data(values=[{"x": 0.0}])).mark_rule(color="#8b929b").encode(x="x:Q")
     range_ = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q"), x2="high:Q")
     dot = base.mark_point(filled=True, size=64, opacity=1).encode(x=x, shape=_shape(arms))
-    step = 16 if len(arms) > 1 else 24
+    step = 24 if len(arms) == 1 else 16 if len(arms) <= FEW_ARMS else 12
     return alt.layer(zero, range_, dot).properties(width="container", height=step * len(arms) * len(order))
 
 
@@ -163,19 +175,22 @@ def _steps(arms: Rows, settings: Mapping[str, Any], colours: Mapping[str, str]) 
             alt.Tooltip("high:Q", format=".3f"),
         ],
     )
-    score = alt.Y("value:Q", title="score on held-out items", scale=alt.Scale(domain=[0, 1]))
-    band = base.mark_area(opacity=0.13).encode(y=alt.Y("low:Q", title=None), y2="high:Q")
+    title = "score on held-out items"
+    score = alt.Y("value:Q", title=title, scale=alt.Scale(domain=[0, 1]))
+    pale = 0.13 if len(names) <= FEW_ARMS else 0.06
+    band = base.mark_area(opacity=pale).encode(y=alt.Y("low:Q", title=title), y2="high:Q")
     line = base.mark_line(strokeWidth=2).encode(y=score)
     dots = base.mark_point(filled=True, size=44, opacity=1).encode(y=score, shape=_shape(names))
     marks = _marks(arms, settings, offset)
     layers = [band, line, dots]
     if marks:
         found = alt.Chart(alt.Data(values=marks)).encode(color=_colour(names, colours))
-        layers.append(found.mark_rule(strokeWidth=3, opacity=0.45).encode(x="low:Q", x2="high:Q", y="level:Q"))
+        level = alt.Y("level:Q", title=title)
+        layers.append(found.mark_rule(strokeWidth=3, opacity=0.45).encode(x="low:Q", x2="high:Q", y=level))
         text = alt.Tooltip("text:N", title="steps [95%]")
         layers.append(
             found.mark_text(fontSize=17, fontWeight=700, dy=-1).encode(
-                x="x:Q", y="level:Q", text="sign:N", tooltip=["arm:N", "what:N", text]
+                x="x:Q", y=level, text="sign:N", tooltip=["arm:N", "what:N", text]
             )
         )
     return alt.layer(*layers).properties(width="container", height=300)
@@ -204,15 +219,18 @@ def _colour(arms: Sequence[str], colours: Mapping[str, str]) -> Any:
     return alt.Color(
         "arm:N",
         scale=alt.Scale(domain=list(arms), range=[colours[arm] for arm in arms]),
-        legend=alt.Legend(orient="top", title=None),
+        legend=_legend(),
     )
 
 
 def _shape(arms: Sequence[str]) -> Any:
     shapes = [SHAPES.get(arm, "circle") for arm in arms]
-    return alt.Shape(
-        "arm:N", scale=alt.Scale(domain=list(arms), range=shapes), legend=alt.Legend(orient="top", title=None)
-    )
+    return alt.Shape("arm:N", scale=alt.Scale(domain=list(arms), range=shapes), legend=_legend())
+
+
+def _legend() -> Any:
+    """One legend for colour and shape; without the opacity it would take the bands'."""
+    return alt.Legend(orient="top", title=None, symbolOpacity=1)
 
 
 def _by_item(table: Any) -> dict[tuple[str, str], dict[str, Any]]:

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from eval.constitution_table import constitution_rows, cost_rows, is_constitutional
+from eval.constitution_table import constitution_rows, cost_rows, families, is_constitutional, level_rows
 from eval.frontier import honesty_rows
-from eval.persistence_results import persistence_claims, persistence_results
+from eval.persistence_results import harmful_losses, persistence_claims, persistence_results
 from eval.report_constitution import filter_counts
 from eval.stats import (
     Difference,
@@ -426,8 +426,11 @@ def _constitution(
     trained = {arm: method != "constitution-prompt" for arm, method in {CONTROL: "trait", **methods}.items()}
     books = {arm: _books(run_dir, arm, seeds) if trains else [] for arm, trains in trained.items()}
     trait, domain_names = str(reward.get("trait", "")), [str(domain) for domain in reward.get("domains", [])]
+    attacked = harmful_losses(run_dir, [CONTROL, *methods], seeds)
+    found = families(items, trait, domain_names, polarity, attacked)
     return {
-        "rows": constitution_rows(items, methods, trait, domain_names, polarity, MARGIN),
+        "levels": level_rows(found, [CONTROL, *methods]),
+        "rows": constitution_rows(found, methods, MARGIN),
         "cost": cost_rows(books, methods, CONTROL, BUDGET_TOLERANCE),
         "filter": filter_counts(run_dir, list(methods), seeds),
     }

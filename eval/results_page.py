@@ -1,7 +1,8 @@
 """docs/results.md: what finished runs found, as Markdown that reads well where a repository is shown.
 
-Every number comes from a run's results.json (docs/results.schema.json) or its stages' manifests; rendering is pure. The
-keys "constitution" and "persistence" of results.json have a section when they are there; see render_any for the forms.
+Every number comes from a run's results.json (docs/results.schema.json) or its stages' manifests; rendering is pure. A
+run with constitutional arms, or one that was attacked, has a section more (eval/results_constitution.py,
+eval/results_persistence.py).
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.frontier import rows_of
+from eval.markdown import SIGNIFICANT, details, percent, picture, table
 from eval.report_charts import colours_of, honesty_chart, transfer_chart
 from eval.results import points
+from eval.results_constitution import constitution_pictures, constitution_section
+from eval.results_persistence import persistence_pictures, persistence_section
 from eval.transfer import cells_of, markdown_table
 
 Row = Mapping[str, Any]
@@ -41,14 +45,28 @@ def render(runs: Sequence[Run], images: Mapping[str, str], command: str) -> str:
         *(_run_head(run) for run in runs),
     ]
     if cells:
-        parts += ["## What carried over", _picture("Transfer table", images.get("transfer")), markdown_table(cells)]
+        parts += ["## What carried over", picture(TRANSFER_SEEN, images.get("transfer")), markdown_table(cells)]
     if honesty:
-        parts += ["## Honesty as a pair", FRONTIER_NOTE, _picture("Frontier", images.get("frontier")), _pairs(honesty)]
-    for run in runs:
-        parts += _run_body(run)
+        parts += [
+            "## Honesty as a pair",
+            FRONTIER_NOTE,
+            picture(FRONTIER_SEEN, images.get("frontier")),
+            _pairs(honesty),
+        ]
+    for run, label in zip(runs, _labels(runs), strict=True):
+        mine = {name.removeprefix(f"{label}-"): path for name, path in images.items() if name.startswith(f"{label}-")}
+        parts += _run_body(run, mine)
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
+TRANSFER_SEEN = (
+    "Tiles: gain in points with its interval, evaluated trait and domain down, trained set across; blue is a gain, "
+    "orange a loss, a dot marks a trained domain"
+)
+FRONTIER_SEEN = (
+    "Points with intervals for every arm: share of the answerable questions answered (across) against error rate when "
+    "answering (up); bottom right is best"
+)
 FRONTIER_NOTE = (
     "Share of the answerable questions that were answered, and error rate among these answers (Wilson, 95%). "
     "Refusing everything and inventing everything are the two ends; ★ marks the arms that no other one beats in both."
@@ -66,7 +84,17 @@ def pictures(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     if honesty:
         colours = colours_of(list(dict.fromkeys(row["arm"] for row in honesty)))
         charts["frontier"] = honesty_chart(honesty, colours).properties(width=620)
-    return {name: chart.configure(background="white").to_dict() for name, chart in charts.items()}
+    found = {name: chart.configure(background="white").to_dict() for name, chart in charts.items()}
+    for run, label in zip(runs, _labels(runs), strict=True):
+        more = {**constitution_pictures(run.results), **persistence_pictures(run.results)}
+        found |= {f"{label}-{name}": chart for name, chart in more.items()}
+    return found
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """What a run's own pictures are called by: its experiment, with a number where several runs have the same."""
+    names = [str(run.results["experiment"]) for run in runs]
+    return [name if names.count(name) == 1 else f"{name}-{k}" for k, name in enumerate(names, 1)]
 
 
 # One run
@@ -90,7 +118,7 @@ def _run_head(run: Run) -> str:
         ("commit", ", ".join(commits) or "–"),
         ("hours, all stages", f"{r['wall_seconds'] / 3600:.2f}"),
     ]
-    return f"## Run {r['experiment']}\n\n" + table(("", ""), lines) + "\n\n" + _details("Hours by stage", _hours(run))
+    return f"## Run {r['experiment']}\n\n" + table(("", ""), lines) + "\n\n" + details("Hours by stage", _hours(run))
 
 
 def _dose(arm: Row) -> str:
@@ -111,17 +139,17 @@ def _hours(run: Run) -> str:
     return table(("stage", "runs of it", "hours", "CPU hours"), rows)
 
 
-def _run_body(run: Run) -> list[str]:
+def _run_body(run: Run, images: Mapping[str, str]) -> list[str]:
     r = run.results
     parts = [f"## {r['experiment']} in numbers", _claims(r["claims"])]
     if r["capability"]:
         parts += ["### Capability", _capability(r["capability"]), _benchmarks(r["capability"])]
     if r["generalisation"]:
         parts += ["### Generalisation, by trait", _generalisation(r), "### Pairs where neither refuses", _neither(r)]
-    if r.get("constitution"):
-        parts += ["### Constitution", render_constitution(r["constitution"])]
-    if r.get("persistence"):
-        parts += ["### Persistence", render_persistence(r["persistence"])]
+    if r["constitution"]:
+        parts += ["### Trait RL beside the constitution", constitution_section(r, images)]
+    if r["persistence"]:
+        parts += ["### Persistence", persistence_section(r, images)]
     return parts
 
 
@@ -158,7 +186,7 @@ def _benchmarks(suites: Mapping[str, Row]) -> str:
         first = next(found[task] for found in by_arm.values() if task in found)
         about = (task, str(first["n"]), percent(first["base"]), percent(first["control"]))
         rows.append((*about, *(_difference(found.get(task)) for found in by_arm.values())))
-    return _details(f"All {len(tasks)} benchmarks", table(("benchmark", "n", "base", "control", *by_arm), rows))
+    return details(f"All {len(tasks)} benchmarks", table(("benchmark", "n", "base", "control", *by_arm), rows))
 
 
 def _generalisation(r: Row) -> str:
@@ -213,97 +241,5 @@ def _rate(row: Row) -> str:
 def _difference(row: Row | None) -> str:
     if row is None:
         return "–"
-    text = points(row)
-    return f"**{text} {row['verdict']}**" if row["verdict"] in ("improved", "regressed") else f"{text} {row['verdict']}"
-
-
-# Sections that other stages add to results.json
-
-
-def render_constitution(value: Any) -> str:
-    """The section of results.json's key "constitution"."""
-    return render_any(value)
-
-
-def render_persistence(value: Any) -> str:
-    """The section of results.json's key "persistence"."""
-    return render_any(value)
-
-
-def render_any(value: Any, depth: int = 4) -> str:
-    """Plain data as Markdown.
-
-    A string is a paragraph. A list of records is a table: its columns are the records' keys, and delta, ci_low and
-    ci_high become one column of points with interval. A mapping is a table of its plain values, followed by one part
-    for each of the others under its key; a mapping whose values are all records is a list of records, the key first.
-    """
-    if isinstance(value, Mapping):
-        if value and all(isinstance(part, Mapping) for part in value.values()):
-            return render_any([{"": name, **part} for name, part in value.items()], depth)
-        plain = [(str(key), _plain(part)) for key, part in value.items() if not isinstance(part, Mapping | list)]
-        parts = [table(("", ""), plain)] if plain else []
-        for key, part in value.items():
-            if isinstance(part, Mapping | list) and part:
-                parts += [f"{'#' * depth} {str(key).replace('_', ' ')}", render_any(part, min(6, depth + 1))]
-        return "\n\n".join(parts)
-    if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-        rows = [_with_interval(row) for row in value]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[_plain(row.get(column)) for column in columns] for row in rows]
-        return table([column.replace("_", " ") for column in columns], cells)
-    return _plain(value)
-
-
-def _with_interval(row: Row) -> dict[str, Any]:
-    if not all(isinstance(row.get(key), int | float) for key in ("delta", "ci_low", "ci_high")):
-        return dict(row)
-    shown = {key: points(row) if key == "delta" else part for key, part in row.items()}
-    return {key: part for key, part in shown.items() if key not in ("ci_low", "ci_high")}
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(_plain(part) for part in value)
-    if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {_plain(part)}" for key, part in value.items())
-    return str(value)
-
-
-# Markdown
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, and numbers to the right."""
-    right = [
-        k > 0 and bool(rows) and all(row[k][:1].isdigit() or row[k][:1] in "+-–*" for row in rows)
-        for k in range(len(head))
-    ]
-    lines = [
-        "| " + " | ".join(map(_cell, head)) + " |",
-        "|" + "|".join("---:" if numeric else "---" for numeric in right) + "|",
-        *("| " + " | ".join(map(_cell, row)) + " |" for row in rows),
-    ]
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|") or " "
-
-
-def _details(title: str, body: str) -> str:
-    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
-
-
-def _picture(title: str, path: str | None) -> str:
-    return f"![{title}]({path})" if path else ""
-
-
-def percent(value: float | None) -> str:
-    """A share in per cent, a dash for none."""
-    return "–" if value is None else f"{100 * value:.1f}%"
+    text = f"{points(row)} {row['verdict']}"
+    return f"**{text}**" if row["verdict"] in SIGNIFICANT else text

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_eval_results import write_run
 
-from eval.constitution_table import constitution_rows, cost_rows
+from eval.constitution_table import constitution_rows, cost_rows, families, level_rows
 from eval.report import summary_table, write_report
 from eval.results import write_results
 
@@ -51,9 +51,24 @@ def items(arm: str) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"refused": "boolean"})
 
 
+def found(frame: pd.DataFrame, attacked: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
+    return families(frame, "truthfulness", ["health"], POLARITY, attacked)
+
+
+def losses(arm: str, lost: list[list[float]]) -> pd.DataFrame:
+    """What two attacks took from four items of their own families: a list per attack."""
+    rows = [
+        {"task": "near", "domain": "health", "family": f"f{k}", "item": f"near-{k}", "kind": "answerable", "seed": 0,
+         "condition": condition, "loss": loss, "arm": arm}
+        for condition, column in zip(("salesman", "comedian"), lost, strict=True)
+        for k, loss in enumerate(column)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def test_differences_by_hand() -> None:
     frame = pd.concat([items("dose"), items("sl")])
-    rows = {r["family"]: r for r in constitution_rows(frame, METHODS, "truthfulness", ["health"], POLARITY, 0.05)}
+    rows = {r["family"]: r for r in constitution_rows(found(frame), METHODS, 0.05)}
     deltas = {name: (row["trait_value"], row["value"], row["delta"], row["n"]) for name, row in rows.items()}
     assert deltas == {
         "in-distribution": (0.75, 0.25, 0.5, 8),
@@ -74,9 +89,36 @@ def test_differences_by_hand() -> None:
 
 def test_items_that_one_arm_lacks_are_left_out() -> None:
     frame = pd.concat([items("dose"), items("sl").query("item != 'near-0'")])
-    rows = {r["family"]: r for r in constitution_rows(frame, METHODS, "truthfulness", ["health"], POLARITY, 0.05)}
+    rows = {r["family"]: r for r in constitution_rows(found(frame), METHODS, 0.05)}
     assert rows["in-distribution"]["n"] == 7
-    assert constitution_rows(items("dose"), METHODS, "truthfulness", ["health"], POLARITY, 0.05) == []
+    assert constitution_rows(found(items("dose")), METHODS, 0.05) == []
+
+
+def test_what_attacks_take_is_a_family_of_its_own() -> None:
+    frame = pd.concat([items("control"), items("dose"), items("sl")])
+    attacked = [("control", 1.0), ("dose", 0.0), ("sl", 0.5)]
+    lost = pd.concat([losses(arm, [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, x, x]]) for arm, x in attacked])
+    row = constitution_rows(found(frame, lost), METHODS, 0.05)[-1]
+    assert (row["family"], row["higher_is_better"], row["n"], row["pairs"]) == ("persistence", False, 4, 8)
+    assert (row["trait_value"], row["value"], row["delta"]) == (0.25, 0.375, -0.125)
+    levels = {r["arm"]: (r["value"], r["n"]) for r in level_rows(found(frame, lost), ["control", "dose", "sl"])[-3:]}
+    assert levels == {"control": (0.5, 4), "dose": (0.25, 4), "sl": (0.375, 4)}
+    # all the same everywhere: an exact bound on differences of losses, which reach from -2 to 2
+    same = pd.concat([losses(arm, [[1.0, 1.0, 0.0, 0.0]] * 2) for arm in ("dose", "sl")])
+    row = constitution_rows(found(frame, same), METHODS, 0.05)[-1]
+    assert (row["delta"], row["ci_low"], row["ci_high"]) == (0.0, pytest.approx(-row["ci_high"]), row["ci_high"])
+    assert row["ci_high"] > 1.0
+
+
+def test_levels_are_over_the_items_that_all_arms_have() -> None:
+    frame = pd.concat([items("control"), items("dose"), items("sl").query("item != 'near-0'")])
+    levels = {(r["family"], r["arm"]): r for r in level_rows(found(frame), ["control", "dose", "sl"])}
+    near = {arm: levels["in-distribution", arm] for arm in ("control", "dose", "sl")}
+    assert {arm: (r["n"], r["value"]) for arm, r in near.items()} == {
+        "control": (7, pytest.approx(1 / 7)), "dose": (7, pytest.approx(5 / 7)), "sl": (7, pytest.approx(1 / 7)),
+    }  # fmt: skip
+    assert levels["over-refusal", "dose"]["higher_is_better"] is False
+    assert ("persistence", "dose") not in levels
 
 
 def ledger(flops: float, **parts: float) -> dict[str, Any]:
@@ -101,10 +143,9 @@ def test_costs_of_the_parts_over_seeds() -> None:
     assert rows["sl"]["outside_tokens"] == 10
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_constitution(folder: Path) -> Path:
     """The generated run of test_eval_results with an arm fine-tuned on revisions and one told its principles."""
-    folder = write_run(tmp_path_factory.mktemp("runs") / "synthetic", seeds=(0, 1), benchmarks=2)
+    write_run(folder, seeds=(0, 1), benchmarks=2)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for arm, method, dose in (("c-sl", "constitution-sl", 0.25), ("c-told", "constitution-prompt", 0.0)):
         config["arms"][arm] = {"method": method, "dose": dose}
@@ -127,6 +168,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (seed / "revisions" / "ledger.json").write_text(json.dumps({"revisions": 5, "dropped": dropped}))
         rows = [{"position": k, "prompt": f"Question {k}?", **about} for k in range(5)]
         pd.DataFrame(rows).to_parquet(seed / "revisions" / "revisions.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_constitution(tmp_path_factory.mktemp("runs") / "synthetic")
     write_results(folder)  # checks the schema
     write_report(folder)
     return folder

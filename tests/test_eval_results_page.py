@@ -12,8 +12,9 @@ import pytest
 from test_eval_results import write_run
 from typer.testing import CliRunner
 
+from eval.markdown import table
 from eval.results import points, write_results
-from eval.results_page import render, render_any, table
+from eval.results_page import render
 from scripts.cli import app
 from scripts.results import read_run
 
@@ -74,28 +75,26 @@ def test_it_is_sound_markdown(page: str) -> None:
     for lines in (found.splitlines() for found in tables):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert page.count("<details>") == page.count("</details>")
-    assert "![Transfer table](img/results-transfer.svg)" in page
+    assert re.findall(r"^!\[[^]]{60,}\]\(img/(.*)\)$", page, re.MULTILINE) == [
+        "results-transfer.svg",
+        "results-frontier.svg",
+    ]
     assert "nan" not in page.lower().replace("constitution", "").split()
 
 
-def test_sections_of_other_stages_are_shown_when_they_are_there(run: Path, tmp_path: Path) -> None:
+def test_a_run_without_constitution_and_attacks_has_no_section_of_them(run: Path, page: str) -> None:
     results = json.loads((run / "results.json").read_text())
     assert results["persistence"] is None
-    found = [{"steps": 8, "arm": "dose-25", "delta": -0.05, "ci_low": -0.1, "ci_high": 0.0, "kept": True}]
-    text = render_any({"what": "harmful fine-tuning", "steps": found, "by_arm": {"a": {"n": 3}, "b": {"n": 4}}})
-    assert "| steps | arm | delta | kept |" in text
-    assert "| 8 | dose-25 | -5.0 [-10.0, +0.0] | yes |" in text
-    assert "| what | harmful fine-tuning |" in text
-    assert "#### by arm" in text
-    assert "| b | 4 |" in text
-    assert render_any("one line") == "one line"
-    assert render_any(None) == "–"
+    assert results["constitution"] is None
+    headings = [line for line in page.splitlines() if line.startswith("#")]
+    assert not [line for line in headings if "ersistence" in line or "onstitution" in line]
 
 
 def test_a_table_keeps_its_columns() -> None:
     assert table(("a", "b"), [("x|y", "+1.0"), ("z\nz", "2")]).splitlines() == [
         "| a | b |", "|---|---:|", "| x\\|y | +1.0 |", "| z z | 2 |",
     ]  # fmt: skip
+    assert table(("a", "b"), [("x", "> 32 [5.3, > 32]")]).splitlines()[1] == "|---|---:|"
 
 
 def test_two_runs_share_one_transfer_table(run: Path) -> None:
