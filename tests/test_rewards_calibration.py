@@ -235,7 +235,8 @@ def test_coverage_over_base_rates_errors_and_sizes(method):
     print(f"naive {naive.min():.3f} to {naive.max():.3f}, mean {naive.mean():.3f}")
     for cell, (share, _) in found.items():
         print(cell, share)
-        # 1500 runs add 1.1% either way; 50 labels with two or three errors among them are covered a little too well
-        assert 0.93 <= share <= 0.985, (cell, share)
-    assert 0.94 <= corrected.mean() <= 0.96
+        # 1500 runs add 1.1% either way; 50 labels with two or three errors among them are covered a little too well,
+        # and by Rogan-Gladen's interval, to which Lang and Reiczigel add errors that were not seen, up to 99%
+        assert 0.93 <= share <= (0.995 if method == "rogan-gladen" and cell[3] < 200 else 0.985), (cell, share)
+    assert 0.94 <= corrected.mean() <= 0.965
     assert naive.mean() < 0.5
