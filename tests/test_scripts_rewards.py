@@ -99,7 +99,7 @@ def test_fit_and_audit_from_the_command_line_and_a_second_fit_is_skipped(tiny_di
 
 @pytest.mark.slow
 def test_two_processes_fit_one_model(tiny_dir: Path, tmp_path: Path) -> None:
-    """Under accelerate launch both processes end with the same weights: their gradients are averaged."""
+    """Both processes end with the same weights: their gradients are averaged. On CPUs torchrun starts them."""
     script = tmp_path / "fit.py"
     script.write_text(
         "import hashlib, os, sys, torch\n"
@@ -114,7 +114,7 @@ def test_two_processes_fit_one_model(tiny_dir: Path, tmp_path: Path) -> None:
         "(out / 'sum').write_text(hashlib.sha256(weights.numpy().tobytes()).hexdigest())\n"
     )
     subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         timeout=240,
