@@ -112,8 +112,9 @@ def _attacks(name: str, targets: Sequence[Target], seed: int) -> list[tuple[Targ
     attacks: list[tuple[Target, str]] = []
     for target in targets:
         text = hacked(name, target.case, "audit", random.Random(f"{seed}/{name}/{target.name}"))
-        good = target.case.good
-        if text.strip() != good.strip() if target.probe is None else is_worse(name, text, target.probe, good):
+        probe, good = target.probe, target.case.good
+        worse = text.strip() != good.strip() if probe is None else is_worse(name, text, probe, good)
+        if worse:
             attacks.append((target, text))
     return attacks
 

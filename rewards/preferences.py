@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,12 +48,17 @@ class Preference:
         return self.prices[0] - self.prices[1]
 
 
-def from_probes(pairs: Sequence[Pair]) -> list[Preference]:
+def from_probes(pairs: Iterable[Pair]) -> list[Preference]:
     """The pairs of probes, in their order, with the verifier's prices."""
-    prices = ((gold(pair.probe, pair.chosen), gold(pair.probe, pair.rejected)) for pair in pairs)
     return [
-        _probe_preference(pair.probe, pair.chosen, pair.rejected, price, pair.contrast)
-        for pair, price in zip(pairs, prices, strict=True)
+        _probe_preference(
+            pair.probe,
+            pair.chosen,
+            pair.rejected,
+            (gold(pair.probe, pair.chosen), gold(pair.probe, pair.rejected)),
+            pair.contrast,
+        )
+        for pair in pairs
     ]
 
 

@@ -234,7 +234,10 @@ class TrainConfig(_Section):
 
     @property
     def skips_idle_rows(self) -> bool:
-        """Whether the update leaves out completions without an advantage: no other term of the loss needs them."""
+        """Whether the update leaves out completions without an advantage: no other term of the loss needs them.
+
+        What the ledger books by; SharedPromptGRPOTrainer.reading is where it is done.
+        """
         return self.prompt_sharing and self.algorithm != "ppo" and not self.measures_kl
 
     @field_validator(

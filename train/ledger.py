@@ -4,8 +4,9 @@ FLOPs are the usual estimates from the parameter count N (Kaplan et al., 2020, a
 pass costs 2N per token, forward and backward 6N. Counted per processed token: rollouts encode each prompt once per
 group when prompts are shared (else once per completion) and decode every generated token; the reward model reads a
 trait prompt once, with all its completions (rewards/reward_model.py); the update trains on the same tokens as the
-rollout, once per epoch, but for completions that it leaves out because their advantage is zero (train/grpo.py). PPO and
-a KL term add forwards of the policy; PPO's critic reads every rollout once and is trained like the policy.
+rollout, once per epoch, but for completions that it leaves out because their advantage is zero (train/grpo.py; the one
+row that an update without any advantage still reads is not booked). PPO and a KL term add forwards of the policy; PPO's
+critic reads every rollout once and is trained like the policy.
 """
 
 from __future__ import annotations

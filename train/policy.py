@@ -288,17 +288,17 @@ class Journal(TrainerCallback):
         advantages: Tensor,  # (B,)
     ) -> None:
         """Write one rollout batch and book it."""
+        skips = self.cfg.skips_idle_rows and self.ledger.shared
         for start in range(0, len(inputs), self.group_size):
             source, end = inputs[start]["source"], start + self.group_size
             lengths = [len(ids) for ids in completion_ids[start:end]]
-            idle = self.cfg.skips_idle_rows and self.ledger.shared
             self.ledger.add(
                 source,
                 len(prompt_ids[start]),
                 lengths,
                 scored=source == "trait",
                 policy_learns=step >= self.cfg.value_warmup_steps,
-                trained=(advantages[start:end] != 0).tolist() if idle else None,
+                trained=(advantages[start:end] != 0).tolist() if skips else None,
             )
         if not self.main:
             return
