@@ -36,7 +36,7 @@ class SharedContextLM(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_context: int = 1024,
-        token_budget: int = 256,  # short packs: the mask makes attention quadratic in them
+        token_budget: int = 1024,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()

@@ -179,10 +179,12 @@ def packed_logps(model: Any, packed: Pack, temperature: float = 1.0) -> tuple[Te
     `model` is a causal language model or a PEFT wrapper around one.
     """
     causal_lm = base_model(model)
-    hidden_TD = packed_hidden(causal_lm.get_decoder(), packed)
-    softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
-    head = causal_lm.get_output_embeddings()
-    return token_logps(hidden_TD[packed.predictors], head, packed.targets, temperature, softcap)
+    rows_ND = packed_hidden(causal_lm.get_decoder(), packed)[packed.predictors]
+    return token_logps(rows_ND, causal_lm.get_output_embeddings(), packed.targets, temperature, _softcap(causal_lm))
+
+
+def _softcap(causal_lm: Any) -> float | None:
+    return getattr(causal_lm.config, "final_logit_softcapping", None)
 
 
 def base_model(model: Any) -> Any:
@@ -295,16 +297,18 @@ def _logps(
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    logits_NV = linear(rows_ND, weight_VD, bias_V).float()
-    if softcap is not None:  # Gemma squashes its logits
-        logits_NV = torch.tanh(logits_NV / softcap) * softcap
-    logits_NV = logits_NV / temperature
+    logits_NV = _logits(rows_ND, weight_VD, bias_V, softcap) / temperature
     logz_N = logits_NV.logsumexp(-1)
     logp_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logz_N
     with torch.no_grad():
         probs_NV = (logits_NV - logz_N[:, None]).exp_()
         entropy_N = logz_N - probs_NV.mul_(logits_NV).sum(-1)  # no product of matrices: autocast would round it
     return logp_N, entropy_N
+
+
+def _logits(rows_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
+    logits_NV = linear(rows_ND, weight_VD, bias_V).float()
+    return logits_NV if softcap is None else torch.tanh(logits_NV / softcap) * softcap  # Gemma squashes its logits
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
@@ -354,13 +358,24 @@ def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: in
     with torch.inference_mode():
         for run in fill([len(trees[i]) for i in order], token_budget):
             packed = pack([trees[order[i]] for i in run], device)
-            logps_N, _ = packed_logps(model, packed)
+            logps_N = _plain_packed_logps(base_model(model), packed)
             pieces = logps_N.split([n for lengths in packed.lengths for n in lengths])
             cursor = 0
             for i, lengths in zip(run, packed.lengths, strict=True):
                 result[order[i]] = list(pieces[cursor : cursor + len(lengths)])
                 cursor += len(lengths)
     return result
+
+
+def _plain_packed_logps(causal_lm: Any, packed: Pack, chunk: int = 128) -> Tensor:
+    """packed_logps without entropies and gradient, (N,): all that scoring needs, for three quarters of the time."""
+    rows_ND = packed_hidden(causal_lm.get_decoder(), packed)[packed.predictors]
+    head, softcap = causal_lm.get_output_embeddings(), _softcap(causal_lm)
+    found = [rows_ND.new_empty(0, dtype=torch.float32)]
+    for rows, wanted in zip(rows_ND.split(chunk), packed.targets.split(chunk), strict=True):
+        logits_NV = _logits(rows, head.weight, getattr(head, "bias", None), softcap)
+        found.append(logits_NV.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
+    return torch.cat(found)
 
 
 def plain_logps(model: Any, prompt: list[int], branch: list[int]) -> Tensor:

@@ -69,18 +69,24 @@ def main(
     ours, stock = Remote(True, device), Remote(False, device)
     sizes = stock.call("sizes")
     rows: list[dict[str, Any]] = []
+    growth: list[dict[str, Any]] = []
+
+    def add(kind: list[dict[str, Any]], found: list[dict[str, Any]], name: str) -> None:
+        """Keep what is measured so far, whatever becomes of the rest."""
+        kind += found
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"machine": machine, "rows": rows, "growth": growth}, indent=1)
+        (out / "bench.json").write_text(text + "\n", encoding="utf-8")
+        console.print(f"{name} done", style="dim")
+
     for case in CASES[:1] if quick else CASES:
-        rows += compare(case, ours, stock, repeats, sizes, machine)
-        console.print(f"{case.name} done", style="dim")
+        add(rows, compare(case, ours, stock, repeats, sizes, machine), case.name)
     if score:
-        rows.append(compare_scores(ours, stock, 1 if quick else 2, sizes, machine))
-        console.print("score done", style="dim")
-    growth = [] if quick else [row for case in (CASES[0], *GROWTH) for row in grow(case, ours)]
+        add(rows, [compare_scores(ours, stock, 1 if quick else 2, sizes, machine)], "score")
+    for case in () if quick else (CASES[0], *GROWTH):
+        add(growth, grow(case, ours), f"growth: {case.name}")
     ours.close()
     stock.close()
-    out.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine, "rows": rows, "growth": growth}
-    (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console.print(table(rows))
     if growth:
         console.print(growth_table(growth))
@@ -92,6 +98,7 @@ class Remote:
 
     def __init__(self, ours: bool, device: str) -> None:
         context = get_context("spawn")
+        self.name = "our side" if ours else "stock TRL"
         self.calls, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, ours, device), daemon=True)
         self.process.start()
@@ -99,7 +106,13 @@ class Remote:
     def call(self, method: str, *arguments: Any) -> Any:
         """Its result; SystemExit with the error's text if it failed."""
         self.calls.send((method, arguments))
-        result, error = self.calls.recv()
+        try:
+            result, error = self.calls.recv()
+        except EOFError:
+            self.process.join()
+            raise SystemExit(
+                f"bench: {method}: {self.name} ended with exit code {self.process.exitcode} (-9: out of memory)"
+            ) from None
         if error is not None:
             raise SystemExit(f"bench: {method}: {error}")
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 BASE = "embedded:smollm2-135m-instruct"
 SUITE = Path(__file__).parent.parent / "configs" / "suites" / "capability-53-offline.yaml"
+STOCK_TOKENS = 6_000  # of a micro-batch, prompts repeated: stock TRL's activations of 9,000 do not fit in 24 GB
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Case:
     def rows(self) -> int:
         """Completions in all."""
         return self.prompts * self.group
+
+    @property
+    def stock_parts(self) -> int:
+        """Micro-batches of as many rows each, in which stock TRL computes an update."""
+        return math.ceil(self.rows * (self.prompt + self.completion) / STOCK_TOKENS)
 
 
 def serve(calls: Connection, ours: bool, device: str) -> None:
@@ -97,11 +104,13 @@ class Side:
         prompts = [{"prompt": "".join(words[i : i + case.prompt])} for i in range(case.prompts)]
         self.rows = [row for row in prompts for _ in range(case.group)]
         settings: dict[str, Any] = {} if self.ours else {"generation_kwargs": {"min_new_tokens": case.completion}}
+        self.parts = 1 if self.ours else case.stock_parts
         common: dict[str, Any] = {
             "model": self.model,
             "reward_funcs": [lambda completions, **_: [float(len(set(text))) for text in completions]],
             "args": GRPOConfig(
-                output_dir=tempfile.mkdtemp(), per_device_train_batch_size=case.rows, num_generations=case.group,
+                output_dir=tempfile.mkdtemp(), per_device_train_batch_size=case.rows // self.parts,
+                gradient_accumulation_steps=self.parts, num_generations=case.group,
                 max_completion_length=case.completion, top_k=0, loss_type="dr_grpo", learning_rate=1e-6,
                 bf16=self.device.type == "cuda", gradient_checkpointing=False, report_to="none", max_steps=10,
                 disable_tqdm=True, **settings,
@@ -123,13 +132,22 @@ class Side:
                 parameter.data.copy_(noise if "lora_B" in name else parameter.data + noise)
         trainer.create_optimizer_and_scheduler(10)
         trainer.model.train()
-        trainer.current_gradient_accumulation_steps = 1
+        trainer.current_gradient_accumulation_steps = self.parts
         self.case, self.batch = case, self._batch(case)
 
     def update(self) -> dict[str, float]:
         """Loss and gradients of one batch."""
+        rows = self.case.rows // self.parts
+        cuts = [slice(first, first + rows) for first in range(0, self.case.rows, rows)]
+        whole: Any = {"num_items_in_batch": self.batch["num_items_in_batch"]}
+        batches = [{key: value[cut] for key, value in self.batch.items() if key not in whole} | whole for cut in cuts]
+
+        def learn() -> None:
+            for batch in batches:
+                self.trainer._compute_loss(self.trainer.model, batch).backward()
+
         self.trainer.model.zero_grad()
-        return self._timed(lambda: self.trainer._compute_loss(self.trainer.model, self.batch).backward())
+        return self._timed(learn)
 
     def gradient(self, path: str) -> None:
         """Save the last update's gradients as one vector."""
@@ -145,7 +163,8 @@ class Side:
         """One step of the trainer: rollouts, rewards, loss, gradients, optimiser."""
 
         def whole() -> None:
-            self.trainer.training_step(self.trainer.model, self.rows, None)
+            for _ in range(self.parts):  # the first of them samples
+                self.trainer.training_step(self.trainer.model, self.rows, None)
             self.trainer.optimizer.step()
             self.trainer.optimizer.zero_grad()
 
