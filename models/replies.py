@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from models.kv_cache import common_beginning
 from models.rollout import sample
 
 Messages = list[dict[str, str]]
@@ -16,7 +17,10 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Reply:
-    """A sampled reply; `encoded` and `generated` count the tokens of its chat and its own."""
+    """A sampled reply; `encoded` and `generated` count the tokens that were read for it and its own.
+
+    What all chats of a call begin with is read once, and counted with the first of them.
+    """
 
     text: str
     encoded: int
@@ -49,9 +53,11 @@ def reply(
         generator=[torch.Generator(model.device).manual_seed(_seed(key)) for key in keys],
         batch_size=batch_size,
     )
+    begun = common_beginning(prompts)
+    read = [len(prompt) - (begun if i else 0) for i, prompt in enumerate(prompts)]
     return [
-        Reply(str(tokenizer.decode(ids, skip_special_tokens=True)).strip(), len(prompt), len(ids))
-        for prompt, (ids,) in zip(prompts, sampled, strict=True)
+        Reply(str(tokenizer.decode(ids, skip_special_tokens=True)).strip(), encoded, len(ids))
+        for encoded, (ids,) in zip(read, sampled, strict=True)
     ]
 
 

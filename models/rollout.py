@@ -1,4 +1,5 @@
-"""Rollouts on plain transformers: the prompt is prefilled once per group, finished sequences leave the batch.
+"""Rollouts on plain transformers: the prompt is prefilled once per group, what all prompts begin with once for all,
+and finished sequences leave the batch.
 
 The same distribution as `generate` with temperature sampling over the whole vocabulary (no top-k, no top-p), without
 its prefill per copy and without a sort over the vocabulary: a token is drawn by inverting the cumulative distribution
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from models.kv_cache import roomy_cache
+from models.kv_cache import State, common_beginning, read_beginning, roomy_cache
 
 LEAVE = 1 / 8  # share of a batch that has to be finished before it leaves: moving the cache costs as much as a row
 BLOCK = 256  # entries of the vocabulary that invert_cdf first sums up
@@ -36,10 +37,13 @@ def sample(
     """Sample `group_size` completions of every prompt: [prompt][g] -> token ids, the end token kept if reached.
 
     Temperature 0 is greedy. `batch_size` counts sequences (prompts x group_size) decoded at once. Prompts of like
-    length share a batch. With one generator a sampled completion depends on its batch's noise (its distribution does
-    not); with one for each completion, in the order prompt, g, it does not depend on what else is decoded. A list given
-    as `logps` is filled with the log-probability of every token as it was sampled, [prompt][g] (needs a temperature).
+    length share a batch, and what all of them begin with is read once (common_beginning). With one generator a sampled
+    completion depends on its batch's noise (its distribution does not); with one for each completion, in the order
+    prompt, g, it does not depend on what else is decoded. A list given as `logps` is filled with the log-probability of
+    every token as it was sampled, [prompt][g] (needs a temperature).
     """
+    begun = common_beginning(prompts)
+    beginning = read_beginning(model, prompts[0][:begun]) if begun else []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // group_size)
     completions: list[list[list[int]]] = [[] for _ in prompts]
@@ -54,7 +58,8 @@ def sample(
         sampled: list[list[float]] | None = None if logps is None else []
         rows = _decode(
             model,
-            [prompts[i] for i in indices],
+            [prompts[i][begun:] for i in indices],
+            beginning,
             group_size,
             max_new_tokens,
             temperature,
@@ -75,7 +80,8 @@ def sample(
 @torch.inference_mode()
 def _decode(
     model: Any,
-    prompts: list[list[int]],
+    prompts: list[list[int]],  # what comes after the beginning
+    beginning: Sequence[State],
     group_size: int,
     max_new_tokens: int,
     temperature: float,
@@ -84,18 +90,19 @@ def _decode(
     logps: list[list[float]] | None,
 ) -> list[list[int]]:
     device = next(model.parameters()).device
-    width = max(map(len, prompts))
+    width, begun = max(map(len, prompts)), beginning[0][0].shape[2] if beginning else 0
     ids_PT = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
     mask_PT = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):  # left padding: every prompt ends in the last column
         ids_PT[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
         mask_PT[row, width - len(prompt) :] = 1
+    mask_PT = torch.cat([mask_PT.new_ones(len(prompts), begun), mask_PT], 1)
     positions_PT = (mask_PT.cumsum(1) - 1).clamp(min=0)
     out = model(
         input_ids=ids_PT,
         attention_mask=mask_PT,
-        position_ids=positions_PT,
-        past_key_values=roomy_cache(max_new_tokens),
+        position_ids=positions_PT[:, begun:],
+        past_key_values=roomy_cache(max_new_tokens, beginning, len(prompts)),
         use_cache=True,
         logits_to_keep=1,
     )

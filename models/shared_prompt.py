@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from models.kv_cache import State, common_beginning, read_beginning, roomy_cache
 from models.linear import linear
 from models.tree_attention import Span, tree_attention
 
@@ -192,9 +194,10 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def packed_hidden(decoder: Any, packed: Pack) -> Tensor:
+def packed_hidden(decoder: Any, packed: Pack, beginning: Sequence[State] = ()) -> Tensor:
     """Last hidden states of a pack, (T, D), from a decoder without its head.
 
+    beginning: keys and values of what comes before every prompt of the pack (models/kv_cache.py); without a gradient.
     Raises ValueError for a decoder whose layers cannot share a prompt.
     """
     problem = structural_problem(decoder)
@@ -202,13 +205,16 @@ def packed_hidden(decoder: Any, packed: Pack) -> Tensor:
         raise ValueError(
             f"{decoder.config.name_or_path or 'the model'} cannot share prompts: {problem}; use another base"
         )
-    masks = attention_masks(packed, decoder.config, decoder.dtype)
+    begun = beginning[0][0].shape[2] if beginning else 0
+    masks = attention_masks(packed, decoder.config, decoder.dtype, begun)
     by_tree = decoder.config._attn_implementation == "sdpa" and not _windowed(packed, decoder.config)
-    with tree_attention(decoder, packed.spans, packed.input_ids.device) if by_tree else nullcontext({}) as layout:
+    place = packed.input_ids.device
+    with tree_attention(decoder, packed.spans, place, begun) if by_tree else nullcontext({}) as layout:
         return decoder(
             input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
+            position_ids=packed.position_ids + begun,
             attention_mask=masks,
+            past_key_values=roomy_cache(0, beginning) if beginning else None,
             use_cache=False,
             **layout,
         ).last_hidden_state[0]
@@ -226,18 +232,19 @@ def structural_problem(decoder: Any) -> str | None:
     return None
 
 
-def attention_masks(packed: Pack, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def attention_masks(packed: Pack, config: Any, dtype: torch.dtype, begun: int = 0) -> Tensor | dict[str, Tensor]:
     """The mask of a pack as a decoder with this config takes it: one for all layers, or one for each type of layer.
 
-    A sliding window counts positions, not rows: a branch's neighbours in the row may be far from it in its own text.
+    Every row sees the `begun` tokens that stand before the pack, which only models without a window may have. A sliding
+    window counts positions, not rows: a branch's neighbours in the row may be far from it in its own text.
     """
     window: Any = getattr(config, "sliding_window", None)
-    masks = {"full_attention": packed.mask}
+    masks = {"full_attention": pad(packed.mask, (begun, 0), value=True)}
     if _windowed(packed, config):
         distance = packed.position_ids[0, :, None] - packed.position_ids[0, None, :]
         masks["sliding_attention"] = packed.mask & (distance < window)
     else:
-        masks["sliding_attention"] = packed.mask
+        masks["sliding_attention"] = masks["full_attention"]
     if config._attn_implementation == "eager":  # adds its mask to the scores; SDPA takes booleans
         least = torch.finfo(dtype).min
         masks = {k: torch.zeros_like(m, dtype=dtype).masked_fill_(~m, least) for k, m in masks.items()}
@@ -346,19 +353,24 @@ class _FrozenHeadLogps(torch.autograd.Function):
 def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: int = 1024) -> list[list[Tensor]]:
     """Log-probabilities of every branch's tokens given its prompt: [tree][branch] -> (len(branch),). No gradient.
 
-    Trees of like length share a sequence of at most `token_budget` tokens (a longer tree stands alone). A model that
-    cannot share prompts gets a forward for every branch.
+    What all prompts begin with is read once. Trees of like length share a sequence of at most `token_budget` tokens (a
+    longer tree stands alone). A model that cannot share prompts gets a forward for every branch.
     """
-    if structural_problem(base_model(model).get_decoder()) is not None:
+    causal_lm = base_model(model)
+    if structural_problem(causal_lm.get_decoder()) is not None:
         with torch.inference_mode():
             return [[plain_logps(model, tree.prompt, branch) for branch in tree.branches] for tree in trees]
+    windowed = getattr(causal_lm.config, "sliding_window", None) is not None
+    begun = 0 if windowed else common_beginning([tree.prompt for tree in trees])
+    beginning = read_beginning(causal_lm, trees[0].prompt[:begun]) if begun else []
+    trees = [Tree(tree.prompt[begun:], tree.branches) for tree in trees]
     order = sorted(range(len(trees)), key=lambda i: len(trees[i]))
     result: list[list[Tensor]] = [[] for _ in trees]
     device = next(model.parameters()).device
     with torch.inference_mode():
         for run in fill([len(trees[i]) for i in order], token_budget):
             packed = pack([trees[order[i]] for i in run], device)
-            logps_N = _plain_packed_logps(base_model(model), packed)
+            logps_N = _plain_packed_logps(causal_lm, packed, beginning)
             pieces = logps_N.split([n for lengths in packed.lengths for n in lengths])
             cursor = 0
             for i, lengths in zip(run, packed.lengths, strict=True):
@@ -367,9 +379,9 @@ def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: in
     return result
 
 
-def _plain_packed_logps(causal_lm: Any, packed: Pack, chunk: int = 128) -> Tensor:
+def _plain_packed_logps(causal_lm: Any, packed: Pack, beginning: Sequence[State], chunk: int = 128) -> Tensor:
     """packed_logps without entropies and gradient, (N,): all that scoring needs, for three quarters of the time."""
-    rows_ND = packed_hidden(causal_lm.get_decoder(), packed)[packed.predictors]
+    rows_ND = packed_hidden(causal_lm.get_decoder(), packed, beginning)[packed.predictors]
     head, softcap = causal_lm.get_output_embeddings(), _softcap(causal_lm)
     found = [rows_ND.new_empty(0, dtype=torch.float32)]
     for rows, wanted in zip(rows_ND.split(chunk), packed.targets.split(chunk), strict=True):

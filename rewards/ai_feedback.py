@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from models.kv_cache import common_beginning
 from models.replies import Messages, encode, reply
 from models.shared_prompt import Tree, branch_logps
 from rewards.constitution import CHOICES, Principle, comparison_chat, thought_chat
@@ -114,7 +115,7 @@ class PolicyFeedback:
         """By one forward over each chat with both choices as its branches."""
         branches = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in CHOICES]
         trees = [Tree(encode(self.tokenizer, chat), branches) for chat in chats]
-        self.read += sum(map(len, trees))
+        self.read += sum(map(len, trees)) - common_beginning([tree.prompt for tree in trees]) * (len(trees) - 1)
         return [(float(a.sum()), float(b.sum())) for a, b in branch_logps(self.model, trees)]
 
     def think(self, chats: Sequence[Messages], keys: Sequence[str]) -> list[str]:

@@ -126,7 +126,7 @@ def drawn(constitution: Constitution, n: int, *seed: Any) -> list[Principle]:
 
 
 def shown(constitution: Constitution, n: int, *seed: Any) -> list[Demonstration]:
-    """The n demonstrations of one prompt, in a drawn order, a function of the seed's parts alone."""
+    """n demonstrations in a drawn order, a function of the seed's parts alone."""
     rng = random.Random("/".join(map(str, ("shown", *seed))))
     return rng.sample(constitution.demonstrations, min(n, len(constitution.demonstrations)))
 

@@ -11,6 +11,7 @@ import torch
 from chat_server import completion, failure, serve
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from models.kv_cache import common_beginning
 from models.replies import encode, reply
 from rewards.ai_feedback import (
     SURE,
@@ -82,9 +83,12 @@ def test_the_policys_label_is_the_mean_of_its_votes(
     assert label.p == pytest.approx(sum(votes) / 3, abs=1e-4)
     (swapped,) = label_pairs(feedback, [pair("I don't know.", "Because.")])
     assert swapped.p == pytest.approx(1 - label.p, abs=1e-4)
-    chats = [comparison_chat(PROMPT, mine.first, mine.second, p) for p in mine.principles]
-    per_vote = [len(encode(tokenizer, chat)) + 6 for chat in chats]  # "(A)" and "(B)" are three bytes each
-    assert feedback.read == 2 * 2 * sum(per_vote)  # two orders, two labels
+    orders = ((mine.first, mine.second), (mine.second, mine.first))
+    chats = [encode(tokenizer, comparison_chat(PROMPT, *order, p)) for order in orders for p in mine.principles]
+    begun = common_beginning(chats)
+    assert begun > 0
+    # "(A)" and "(B)" are three bytes each; what all chats begin with is read once; two labels
+    assert feedback.read == 2 * (sum(len(chat) - begun + 6 for chat in chats) + begun)
 
 
 def test_thoughts_come_first_and_the_votes_are_clamped(

@@ -54,14 +54,15 @@ def sample_revisions(
     def make(chunk: int) -> list[Row]:
         prompts = trait_prompts((chunk + 1) * CHUNK, seed, reward)[-CHUNK:]
         keys = [f"{seed}/revisions/{chunk * CHUNK + i}" for i in range(len(prompts))]
+        shots = shown(constitution, cfg.demonstrations, f"{seed}/revisions/{chunk}")  # alike, so they are read once
         first = say([p["prompt"] for p in prompts], keys, train.max_new_tokens, train.temperature)
         texts = [answer.text for answer in first]
         rows: list[Row] = []
         for r in range(cfg.rounds):
             principles = [drawn(constitution, 1, key, r)[0] for key in keys]
             asked = [
-                critique_chat(constitution, shown(constitution, cfg.demonstrations, key), p["prompt"], text, principle)
-                for p, key, text, principle in zip(prompts, keys, texts, principles, strict=True)
+                critique_chat(constitution, shots, p["prompt"], text, principle)
+                for p, text, principle in zip(prompts, texts, principles, strict=True)
             ]
             critiques = say(asked, [f"{key}/critique/{r}" for key in keys], cfg.critique_tokens, cfg.temperature)
             chats = [
