@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from models.decode_attention import grouped_queries
 from models.kv_cache import State, common_beginning, read_beginning, roomy_cache
+from models.shared_prompt import base_model
 
 LEAVE = 1 / 8  # share of a batch that has to be finished before it leaves: moving the cache costs as much as a row
 BLOCK = 256  # entries of the vocabulary that invert_cdf first sums up
@@ -135,13 +137,14 @@ def _decode(
             going = [True] * len(here)
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(here), 1)], 1)
         position_B = position_B + 1
-        logits_BV = model(
-            input_ids=tokens_B[:, None],
-            attention_mask=mask_BT,
-            position_ids=position_B[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        with grouped_queries(base_model(model)):
+            logits_BV = model(
+                input_ids=tokens_B[:, None],
+                attention_mask=mask_BT,
+                position_ids=position_B[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
     return rows
 
 
