@@ -1,4 +1,4 @@
-"""Attention of a decoding step: the query heads that share keys are queries of one batch, so keys are read once for all.
+"""Attention of a decoding step: query heads that share keys are queries of one batch, so keys are read once.
 
 With grouped-query attention several query heads attend to the same keys and values. transformers' SDPA path repeats
 these for each head (under a mask), and SDPA itself reads them again for each (without one). In a decoding step a
