@@ -28,7 +28,6 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
-from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
@@ -127,7 +126,10 @@ def paired_difference(
 
 
 def sign_flip_p(sums: ArrayLike, *, flips: int = FLIPS, seed: int = 0) -> float:
-    """Two-sided p of the total of the cluster sums (G,) under sign flips; exact for equal magnitudes or G <= 13."""
+    """Two-sided p of the total of the cluster sums (G,) under sign flips; exact for equal magnitudes or G <= 13.
+
+    With one binary item a cluster it is McNemar's exact test.
+    """
     x = np.asarray(sums, dtype=np.float64)
     x = x[np.abs(x) > 1e-12]
     if x.size == 0:
@@ -144,17 +146,6 @@ def sign_flip_p(sums: ArrayLike, *, flips: int = FLIPS, seed: int = 0) -> float:
         rng=np.random.default_rng(seed),
     )
     return float(result.pvalue)
-
-
-def mcnemar_p(first: ArrayLike, second: ArrayLike) -> float:
-    """Exact McNemar p for two binary arrays (n,) on the same items."""
-    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    if a.shape != b.shape:
-        raise ValueError(f"mcnemar_p needs pairs, got {a.size} and {b.size} values")
-    table = [[int((a & b).sum()), int((a & ~b).sum())], [int((~a & b).sum()), int((~a & ~b).sum())]]
-    if table[0][1] + table[1][0] == 0:
-        return 1.0
-    return float(cast(Any, mcnemar(table, exact=True)).pvalue)
 
 
 def sign_test(deltas: ArrayLike) -> SignTest:

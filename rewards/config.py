@@ -59,13 +59,8 @@ class RewardConfig(BaseModel):
         description="Sources of the trait prompts and their shares; what a trait lacks in the domains goes to the "
         "others. null: probes where the trait has them, else conduct and scenarios, half each.",
     )
-    probes: int = Field(640, ge=16, description="Probes to fit on; each gives one to ten preference pairs.")
-    unanswerable: float = Field(
-        1 / 3,
-        ge=0,
-        le=1,
-        description="Share of the probes that have no answer, in the reward's fit as among the policy's prompts. Where "
-        "the reward cannot tell, it pays the mean price, and that of a refusal hangs on this share.",
+    probes: int = Field(
+        640, ge=16, description="Probes to fit on, half of them answerable; each gives one to three preference pairs."
     )
     own_answers: int = Field(
         2,

@@ -95,13 +95,15 @@ def probe_pairs(probe: Probe, rng: random.Random, own: Sequence[str] = ()) -> li
     return pairs
 
 
-def draw_probes(probes: Sequence[Probe], n: int, rng: random.Random, unanswerable: float = 0.5) -> list[Probe]:
-    """n probes, that share of them unanswerable (fewer where the probes run out)."""
-    lacking = round(n * unanswerable)
+def draw_probes(probes: Sequence[Probe], n: int, rng: random.Random) -> list[Probe]:
+    """n probes, half of them answerable (fewer where the probes run out).
+
+    So an abstention is as often the middle of three answers as the better of two.
+    """
     drawn: list[Probe] = []
-    for answerable, wanted in ((True, n - lacking), (False, lacking)):
+    for answerable in (True, False):
         pool = [probe for probe in probes if (probe.kind == "answerable") == answerable]
-        drawn += rng.sample(pool, min(wanted, len(pool)))
+        drawn += rng.sample(pool, min(n // 2, len(pool)))
     return drawn
 
 

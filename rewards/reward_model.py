@@ -141,9 +141,9 @@ def fit_reward_model(
     heldout = probes_of(cfg.domains, "heldout", seed)
     rng = random.Random(f"pairs/{seed}")
     drawn = {
-        "train": draw_probes(probes[len(held_back) :], cfg.probes, rng, cfg.unanswerable),
-        "validation": draw_probes(held_back, MEASURED_PROBES, rng, cfg.unanswerable),
-        "test": draw_probes(heldout, MEASURED_PROBES, rng, cfg.unanswerable),
+        "train": draw_probes(probes[len(held_back) :], cfg.probes, rng),
+        "validation": draw_probes(held_back, MEASURED_PROBES, rng),
+        "test": draw_probes(heldout, MEASURED_PROBES, rng),
     }
     own = own_answers(start, [probe for part in drawn.values() for probe in part], cfg.own_answers, seed)
     parts = {

@@ -89,7 +89,7 @@ def _stream(trait: str, reward: RewardConfig, seed: int) -> Iterator[Prompt]:
     """The trait's prompts without end, of all sources."""
     pools = trait_pools(trait, reward.domains, "train", seed)
     sources: dict[Source, Iterator[Prompt]] = {
-        "probes": (probe_prompt(probe, trait) for probe in _knowledge(pools.probes, seed, reward.unanswerable)),
+        "probes": (probe_prompt(probe, trait) for probe in _knowledge(pools.probes, seed)),
         "conduct": (probe_prompt(probe, trait) for probe in _conduct(pools.conduct, trait, seed)),
         "scenarios": (scenario_prompt(scenario) for scenario in laps(pools.scenarios, f"{trait}/scenarios", seed)),
     }
@@ -97,18 +97,20 @@ def _stream(trait: str, reward: RewardConfig, seed: int) -> Iterator[Prompt]:
         yield next(sources[source])
 
 
-def _knowledge(probes: Sequence[Probe], seed: int, unanswerable: float) -> Iterator[Probe]:
-    """Probes of knowledge, that share of them unanswerable; a bank may hold one side only."""
+def _knowledge(probes: Sequence[Probe], seed: int) -> Iterator[Probe]:
+    """Probes of knowledge, every third of them unanswerable.
+
+    One in three, because answers about real subjects must outweigh the ease of refusing: with one in two the embedded
+    policy refused everything (docs/LOG.md, 2026-11-22).
+    """
     pools = {
         "answerable": [probe for probe in probes if probe.kind == "answerable"],
         "unanswerable": [probe for probe in probes if probe.kind != "answerable"],
     }
     sides = {side: laps(pool, side, seed) for side, pool in pools.items() if pool}
-    shares = (
-        {"answerable": 1 - unanswerable, "unanswerable": unanswerable} if len(sides) == 2 else dict.fromkeys(sides, 1)
-    )
-    for side in take_turns(shares):
-        yield next(sides[side])
+    for k in count():
+        side = "unanswerable" if k % 3 == 1 else "answerable"
+        yield next(sides[side] if side in sides else next(iter(sides.values())))  # a bank may hold one side only
 
 
 def _conduct(probes: Sequence[Probe], trait: str, seed: int) -> Iterator[Probe]:
