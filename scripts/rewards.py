@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts.experiment import is_hub_id, trait_names
+from scripts.environment import be_quiet
+from scripts.experiment import trait_names
 
 ROOT = Path("runs") / "rewards"
 WEAK = 0.7  # a failure mode that is told from the good reply less often is shown in red
@@ -28,12 +28,13 @@ def fit_command(
 
     Raises ValueError for an unknown trait, for pairs that cannot be read and for a folder that holds no reward model.
     """
+    be_quiet(base)
     from rewards.fit import ALL, RECIPE, RECIPE_FROM, fit_trait
     from rewards.hacks import BANK as HACK_BANK
     from rewards.preferences import load_preferences
     from rewards.probes import BANK as PROBE_BANK
     from rewards.scenarios import BANK as SCENARIO_BANK
-    from scripts.run import fingerprint
+    from scripts.run import fingerprint, make_bars
     from scripts.stages import hash_files, run_stage
 
     if trait not in (ALL, *trait_names()):
@@ -41,7 +42,6 @@ def fit_command(
     if own is not None:
         load_preferences(own)  # a mistake in it is told before anything is loaded
     folder = out or ROOT / trait
-    _set_environment(base)
     recipe = RECIPE if start is None else RECIPE_FROM
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch
     if processes > 1:
@@ -61,11 +61,8 @@ def fit_command(
     }
 
     def work(partial: Path) -> Mapping[str, Any] | None:
-        with console.status(f"fit {trait}") as status:
-            fit_trait(
-                trait, base, partial, seed, recipe, own, start,
-                progress=lambda done, total: status.update(f"fit {trait}: update {done} of {total}"),
-            )  # fmt: skip
+        with make_bars(console) as bars_of, bars_of(f"fit {trait}") as bars:
+            fit_trait(trait, base, partial, seed, recipe, own, start, progress=bars(""))
         return None
 
     manifest = run_stage(folder, inputs, work, name=f"rewards/{trait}")
@@ -83,18 +80,18 @@ def audit_command(
     The targets are the trait's held-out scenarios; for truthfulness half of them are probes. Raises ValueError for an
     unknown trait, a folder without a reward model and a policy that cannot be read.
     """
+    if trait not in trait_names():
+        raise ValueError(f"--trait {trait}: there is no such trait; there are: {', '.join(trait_names())}")
+    folder = _checked(model or ROOT / trait)
+    adapter = json.loads((folder / "model" / "adapter_config.json").read_text(encoding="utf-8"))
+    be_quiet(adapter["base_model_name_or_path"])
     from models.loading import best_device
     from rewards.audit import audit, audit_report
     from rewards.audit_policy import POLICY, load_policy
     from rewards.reward_model import RewardModel
     from scripts.stages import write_json
 
-    if trait not in trait_names():
-        raise ValueError(f"--trait {trait}: there is no such trait; there are: {', '.join(trait_names())}")
     rules = load_policy(policy or POLICY)
-    folder = _checked(model or ROOT / trait)
-    adapter = json.loads((folder / "model" / "adapter_config.json").read_text(encoding="utf-8"))
-    _set_environment(adapter["base_model_name_or_path"])
     targets = audit_targets(trait, rules.cases, seed)
     with console.status(f"{len(targets)} prompts"):
         report = audit_report(trait, audit(RewardModel.load(folder, device=best_device()), targets, rules, seed))
@@ -166,16 +163,6 @@ def _checked(folder: Path) -> Path:
     if not (folder / "model" / "adapter_config.json").is_file():
         raise ValueError(f"{folder}: holds no reward model (model/adapter_config.json); fit one: traitdose rewards fit")
     return folder
-
-
-def _set_environment(base: str) -> None:
-    """No network without need, and a quiet terminal. Libraries read these while they are imported."""
-    if not is_hub_id(base):
-        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    for key, value in (quiet | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}).items():
-        os.environ.setdefault(key, value)
-    warnings.filterwarnings("ignore")
 
 
 def _short(text: str) -> str:

@@ -9,7 +9,6 @@ import json
 import os
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
@@ -33,6 +32,7 @@ from rewards.scenarios import BANK as SCENARIOS
 from rewards.trait_prompts import source_files, source_shares
 from scripts.arms import find_arm, load_arm
 from scripts.constitution import constitution_parts, system_prompt
+from scripts.environment import be_quiet
 from scripts.evals import check_run
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.processes import agree, alone, count, is_main, join, leave
@@ -192,29 +192,19 @@ def make_report(run_dir: Path, console: Console) -> dict[str, Any]:
 
 
 def set_environment(experiment: Experiment, run_dir: Path) -> None:
-    """Settings that libraries read while they are imported: no network without need, no questions, a clean terminal."""
-    if not is_hub_id(experiment.base):
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    quiet = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
-        "LMEVAL_LOG_LEVEL": "ERROR",
-        "TQDM_DISABLE": "1",
+    """Environment variables of a run, for the libraries that will be imported."""
+    be_quiet(experiment.base)
+    tracking = {
         "WANDB_DIR": str(run_dir.resolve()),
         "WANDB_SILENT": "true",
         "WANDB_CONSOLE": "off",
         "WANDB_ERROR_REPORTING": "false",
     }
-    for key, value in quiet.items():
+    for key, value in tracking.items():
         os.environ.setdefault(key, value)
     if count() == 1:  # one process uses one GPU; a launcher starts one process for each
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ["WANDB_PROJECT"] = experiment.tracking.project
-    warnings.filterwarnings("ignore")
 
 
 def fingerprint(base: str) -> dict[str, Any]:
