@@ -17,7 +17,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 LEAST = 16  # tokens of a common beginning that are worth a forward of their own
 
-
 State = tuple[Tensor, Tensor]  # a layer's keys and values, (1, heads, S, dim) each
 
 
@@ -33,12 +32,13 @@ def roomy_cache(room: int, beginning: Sequence[State] = (), rows: int = 1) -> Ca
     return Cache(layers=layers)
 
 
-def common_beginning(texts: Sequence[list[int]]) -> int:
+def common_beginning(model: Any, texts: Sequence[list[int]]) -> int:
     """How many tokens all texts begin with alike, less than the shortest of them has.
 
-    0 where a forward of its own, which reads them once for all, would not pay.
+    0 where a forward of its own, which reads them once for all, would not pay, and for a model with a sliding window,
+    which would count the padding between the beginning and the rest.
     """
-    if len(texts) < 2:
+    if len(texts) < 2 or getattr(model.config.get_text_config(), "sliding_window", None) is not None:
         return 0
     first, last = min(texts), max(texts)  # what these two share, those between them share, too
     alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))

@@ -53,7 +53,7 @@ def reply(
         generator=[torch.Generator(model.device).manual_seed(_seed(key)) for key in keys],
         batch_size=batch_size,
     )
-    begun = common_beginning(prompts)
+    begun = common_beginning(model, prompts)
     read = [len(prompt) - (begun if i else 0) for i, prompt in enumerate(prompts)]
     return [
         Reply(str(tokenizer.decode(ids, skip_special_tokens=True)).strip(), encoded, len(ids))

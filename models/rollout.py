@@ -44,7 +44,7 @@ def sample(
     prompt, g, it does not depend on what else is decoded. A list given as `logps` is filled with the log-probability of
     every token as it was sampled, [prompt][g] (needs a temperature).
     """
-    begun = common_beginning(prompts)
+    begun = common_beginning(model, prompts)
     beginning = read_beginning(model, prompts[0][:begun]) if begun else []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // group_size)

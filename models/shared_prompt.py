@@ -360,8 +360,7 @@ def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: in
     if structural_problem(causal_lm.get_decoder()) is not None:
         with torch.inference_mode():
             return [[plain_logps(model, tree.prompt, branch) for branch in tree.branches] for tree in trees]
-    windowed = getattr(causal_lm.config, "sliding_window", None) is not None
-    begun = 0 if windowed else common_beginning([tree.prompt for tree in trees])
+    begun = common_beginning(causal_lm, [tree.prompt for tree in trees])
     beginning = read_beginning(causal_lm, trees[0].prompt[:begun]) if begun else []
     trees = [Tree(tree.prompt[begun:], tree.branches) for tree in trees]
     order = sorted(range(len(trees)), key=lambda i: len(trees[i]))

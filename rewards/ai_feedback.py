@@ -115,7 +115,8 @@ class PolicyFeedback:
         """By one forward over each chat with both choices as its branches."""
         branches = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in CHOICES]
         trees = [Tree(encode(self.tokenizer, chat), branches) for chat in chats]
-        self.read += sum(map(len, trees)) - common_beginning([tree.prompt for tree in trees]) * (len(trees) - 1)
+        begun = common_beginning(self.model, [tree.prompt for tree in trees])
+        self.read += sum(map(len, trees)) - begun * (len(trees) - 1)
         return [(float(a.sum()), float(b.sum())) for a, b in branch_logps(self.model, trees)]
 
     def think(self, chats: Sequence[Messages], keys: Sequence[str]) -> list[str]:

@@ -35,17 +35,17 @@ class Counting:
         self.tokens += kwargs["input_ids"].numel()
 
 
-def test_a_common_beginning_leaves_every_text_a_token() -> None:
-    assert common_beginning(PROMPTS) == len(BEGINNING)
-    assert common_beginning([PROMPTS[0], PROMPTS[0]]) == len(PROMPTS[0]) - 1
-    assert common_beginning([PROMPTS[0], BEGINNING]) == len(BEGINNING) - 1
-    assert common_beginning([PROMPTS[0], [*PROMPTS[0], 9]]) == len(PROMPTS[0]) - 1
+def test_a_common_beginning_leaves_every_text_a_token(tiny_model: LlamaForCausalLM) -> None:
+    assert common_beginning(tiny_model, PROMPTS) == len(BEGINNING)
+    assert common_beginning(tiny_model, [PROMPTS[0], PROMPTS[0]]) == len(PROMPTS[0]) - 1
+    assert common_beginning(tiny_model, [PROMPTS[0], BEGINNING]) == len(BEGINNING) - 1
+    assert common_beginning(tiny_model, [PROMPTS[0], [*PROMPTS[0], 9]]) == len(PROMPTS[0]) - 1
 
 
-def test_what_does_not_pay_is_no_beginning() -> None:
-    assert common_beginning([]) == common_beginning(PROMPTS[:1]) == 0
-    assert common_beginning([BEGINNING[:LEAST], BEGINNING[:LEAST]]) == 0
-    assert common_beginning([*PROMPTS, [1, 2, 3]]) == common_beginning([*PROMPTS, []]) == 0
+def test_what_does_not_pay_is_no_beginning(tiny_model: LlamaForCausalLM) -> None:
+    assert common_beginning(tiny_model, []) == common_beginning(tiny_model, PROMPTS[:1]) == 0
+    assert common_beginning(tiny_model, [BEGINNING[:LEAST], BEGINNING[:LEAST]]) == 0
+    assert common_beginning(tiny_model, [*PROMPTS, [1, 2, 3]]) == common_beginning(tiny_model, [*PROMPTS, []]) == 0
 
 
 def test_greedy_completions_are_those_of_generate(tiny_model: LlamaForCausalLM) -> None:
@@ -92,11 +92,14 @@ def test_the_mask_alone_says_the_same(tiny_model: LlamaForCausalLM, monkeypatch:
         torch.testing.assert_close(ours, masked)
 
 
-def test_a_sliding_window_reads_whole_prompts() -> None:
+def test_a_sliding_window_is_kept() -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        MistralConfig(**SHAPE, sliding_window=8), attn_implementation="sdpa"
-    ).eval()
+    config = MistralConfig(**SHAPE, sliding_window=8)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ours = sample(model, PROMPTS, max_new_tokens=12, temperature=0, eos_ids=[])
+    for prompt, (completion,) in zip(PROMPTS, ours, strict=True):
+        reference = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert completion == reference[0, len(prompt) :].tolist()
     trees = [Tree(prompt, [[80, 81], [82]]) for prompt in PROMPTS]
     for tree, branches in zip(trees, branch_logps(model, trees), strict=True):
         for branch, logps in zip(tree.branches, branches, strict=True):
@@ -122,7 +125,7 @@ def test_replies_count_a_beginning_once(tiny_model: LlamaForCausalLM, tokenizer)
     read = Counting(tiny_model)
     lengths = [len(encode(tokenizer, chat)) for chat in chats]
     replies = reply(tiny_model, tokenizer, chats, ["a", "b", "c"], max_new_tokens=1, temperature=1.0)
-    begun = common_beginning([encode(tokenizer, chat) for chat in chats])
+    begun = common_beginning(tiny_model, [encode(tokenizer, chat) for chat in chats])
     assert begun > LEAST
     assert [r.encoded for r in replies] == [lengths[0], lengths[1] - begun, lengths[2] - begun]
     assert read.tokens <= begun + 3 * (max(lengths) - begun)

@@ -85,7 +85,7 @@ def test_the_policys_label_is_the_mean_of_its_votes(
     assert swapped.p == pytest.approx(1 - label.p, abs=1e-4)
     orders = ((mine.first, mine.second), (mine.second, mine.first))
     chats = [encode(tokenizer, comparison_chat(PROMPT, *order, p)) for order in orders for p in mine.principles]
-    begun = common_beginning(chats)
+    begun = common_beginning(tiny_model, chats)
     assert begun > 0
     # "(A)" and "(B)" are three bytes each; what all chats begin with is read once; two labels
     assert feedback.read == 2 * (sum(len(chat) - begun + 6 for chat in chats) + begun)
