@@ -47,7 +47,7 @@ def config(tmp_path: Path, tiny_dir: Path) -> Path:
         "warm_start": {"examples": 8, "batch_size": 8},
         "arms": {"control": {"dose": 0.0}, "half": {"dose": 0.5}},
     }
-    content["reward"] |= {"probes": 16, "min_accuracy": 0.0}
+    content["reward"] |= {"probes": 16, "min_accuracy": 0.0, "audit": "warn"}
     content["train"] |= {"max_steps": 2, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 4}
     content["eval"]["suites"]["generalisation"]["limit"] = 2
     del content["eval"]["suites"]["capability"]

@@ -46,7 +46,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(tiny_dir: Path, tmp_path: Path
     content |= {"base": str(tiny_dir), "tracking": {"backend": "none"}}
     content["warm_start"] = {"examples": 8, "batch_size": 8}
     content["arms"] = {"control": {"dose": 0.0}, "half": {"dose": 0.5}}
-    content["reward"] |= {"probes": 16, "min_accuracy": 0.0}
+    content["reward"] |= {"probes": 16, "min_accuracy": 0.0, "audit": "warn"}
     content["train"] |= {
         "max_steps": 2, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 4, "noise": "row"
     }  # fmt: skip
