@@ -26,7 +26,7 @@ def config(tmp_path: Path, tiny_dir: Path) -> Path:
     content["warm_start"] = {"examples": 16, "batch_size": 8, "lora_rank": 2}
     content["reward"] |= {"probes": 16, "min_accuracy": 0.0, "audit": "warn"}
     content["train"] = {
-        "budget_tflops": 0.02, "max_steps": 400, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 4,
+        "budget_tflops": 0.02, "max_steps": 1600, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 4,
         "lora_rank": 2,
     }  # fmt: skip
     content["constitution"] = {"demonstrations": 1, "critique_tokens": 4, "principles": 1, "lora_rank": 2}
