@@ -369,7 +369,7 @@ def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: in
     with torch.inference_mode():
         for run in fill([len(trees[i]) for i in order], token_budget):
             packed = pack([trees[order[i]] for i in run], device)
-            logps_N = _plain_packed_logps(causal_lm, packed, beginning)
+            logps_N = _logps_alone(causal_lm, packed, beginning)
             pieces = logps_N.split([n for lengths in packed.lengths for n in lengths])
             cursor = 0
             for i, lengths in zip(run, packed.lengths, strict=True):
@@ -378,7 +378,7 @@ def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: in
     return result
 
 
-def _plain_packed_logps(causal_lm: Any, packed: Pack, beginning: Sequence[State], chunk: int = 128) -> Tensor:
+def _logps_alone(causal_lm: Any, packed: Pack, beginning: Sequence[State], chunk: int = 128) -> Tensor:
     """packed_logps without entropies and gradient, (N,): all that scoring needs, for three quarters of the time."""
     rows_ND = packed_hidden(causal_lm.get_decoder(), packed, beginning)[packed.predictors]
     head, softcap = causal_lm.get_output_embeddings(), _softcap(causal_lm)

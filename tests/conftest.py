@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,14 @@ from train.config import StandardMixConfig, WarmStartConfig
 
 STANDARD = StandardMixConfig(tasks={"chain_sum": {"min_terms": 2, "max_terms": 2}, "gcd": {}})
 REWARD = RewardConfig(probes=16, batch_size=8, lora_rank=2, min_accuracy=0.0)
+SHAPE = {  # of the smallest models of any family
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -57,6 +66,12 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         initializer_range=0.2,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def greedy_reference(model: Any, prompt: list[int], n: int, end: int | None = None) -> list[int]:
+    """What transformers' generate gives after the prompt: at most n token ids, up to the end token if there is one."""
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=n, do_sample=False, eos_token_id=end, pad_token_id=0)
+    return ids[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="session")

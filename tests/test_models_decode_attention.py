@@ -9,15 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Pretr
 from models import decode_attention
 from models.decode_attention import NAME, grouped_queries
 from models.rollout import sample
+from tests.conftest import SHAPE, greedy_reference
 
-SHAPE = {
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-}
+THREE = SHAPE | {"hidden_size": 48, "num_attention_heads": 6}  # three heads share keys
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17, 18, 19]]
 
 
@@ -27,7 +21,7 @@ def build(config: PretrainedConfig, attention: str = "sdpa") -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    "config", [LlamaConfig(**SHAPE), Qwen3Config(**SHAPE, head_dim=16), MistralConfig(**SHAPE, sliding_window=4)]
+    "config", [LlamaConfig(**THREE), Qwen3Config(**THREE, head_dim=16), MistralConfig(**THREE, sliding_window=4)]
 )
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_decoding_step_has_the_logits_of_the_plain_path(config: PretrainedConfig, padded: bool) -> None:
@@ -60,15 +54,14 @@ def test_rollouts_decode_in_groups_and_read_keys_once(monkeypatch: pytest.Monkey
         return attention(query, key, *rest, **options)
 
     monkeypatch.setattr(decode_attention, "attention", seen)
-    model = build(LlamaConfig(**SHAPE))
+    model = build(LlamaConfig(**THREE))
     ours = sample(model, PROMPTS, max_new_tokens=6, temperature=0, eos_ids=[])
     assert shapes == [(2, 3, 2)] * (5 * 2)  # key heads, heads of a group; five steps after the prefill, two layers
     for prompt, (completion,) in zip(PROMPTS, ours, strict=True):
-        reference = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0)
-        assert completion == reference[0, len(prompt) :].tolist()
+        assert completion == greedy_reference(model, prompt, 6)
 
 
 def test_other_attention_stays_as_it_is() -> None:
-    model = build(LlamaConfig(**SHAPE), "eager")
+    model = build(LlamaConfig(**THREE), "eager")
     with grouped_queries(model):
         assert model.config._attn_implementation == "eager"

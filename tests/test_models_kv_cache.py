@@ -11,17 +11,10 @@ from models.kv_cache import LEAST, common_beginning, read_beginning, roomy_cache
 from models.replies import encode, reply
 from models.rollout import sample
 from models.shared_prompt import Tree, branch_logps, plain_logps
+from tests.conftest import SHAPE, greedy_reference
 
 BEGINNING = [5 + k % 40 for k in range(LEAST + 3)]
 PROMPTS = [[*BEGINNING, *rest] for rest in ([50, 51, 52], [60], [50, 70, 71, 72, 73])]
-SHAPE = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 class Counting:
@@ -53,10 +46,7 @@ def test_greedy_completions_are_those_of_generate(tiny_model: LlamaForCausalLM) 
     ours = sample(tiny_model, PROMPTS, max_new_tokens=12, temperature=0, eos_ids=[2], batch_size=2)
     assert read.tokens < len(BEGINNING) * 2 + 3 * 12 + 12  # once, not for every prompt
     for prompt, (completion,) in zip(PROMPTS, ours, strict=True):
-        reference = tiny_model.generate(
-            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        assert completion == reference
+        assert completion == greedy_reference(tiny_model, prompt, 12, end=2)
 
 
 def test_groups_draw_what_they_draw_alone(tiny_model: LlamaForCausalLM) -> None:
@@ -98,8 +88,7 @@ def test_a_sliding_window_is_kept() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     ours = sample(model, PROMPTS, max_new_tokens=12, temperature=0, eos_ids=[])
     for prompt, (completion,) in zip(PROMPTS, ours, strict=True):
-        reference = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
-        assert completion == reference[0, len(prompt) :].tolist()
+        assert completion == greedy_reference(model, prompt, 12)
     trees = [Tree(prompt, [[80, 81], [82]]) for prompt in PROMPTS]
     for tree, branches in zip(trees, branch_logps(model, trees), strict=True):
         for branch, logps in zip(tree.branches, branches, strict=True):

@@ -9,6 +9,7 @@ from scipy import stats
 from transformers import LlamaForCausalLM
 
 from models.rollout import draw, invert_cdf, sample
+from tests.conftest import greedy_reference
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
 
@@ -16,10 +17,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
 def test_greedy_equals_generate(tiny_model: LlamaForCausalLM) -> None:
     ours = sample(tiny_model, PROMPTS, max_new_tokens=12, temperature=0, eos_ids=[2])
     for prompt, (completion,) in zip(PROMPTS, ours, strict=True):
-        reference = tiny_model.generate(
-            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        assert completion == reference
+        assert completion == greedy_reference(tiny_model, prompt, 12, end=2)
 
 
 def test_sequences_stop_at_the_end_token_and_leave_the_others_alone(tiny_model: LlamaForCausalLM) -> None:

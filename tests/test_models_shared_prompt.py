@@ -17,16 +17,7 @@ from transformers import (
 )
 
 from models.shared_prompt import Tree, branch_logps, fill, pack, packed_logps, token_logps
-from tests.conftest import tiny_llama
-
-SHAPE = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+from tests.conftest import SHAPE, tiny_llama
 
 
 def some_trees(seed: int = 0, vocab: int = 101) -> list[Tree]:
