@@ -32,6 +32,12 @@ def roomy_cache(room: int, beginning: Sequence[State] = (), rows: int = 1) -> Ca
     return Cache(layers=layers)
 
 
+def completions_cache(room: int) -> Cache:
+    """A cache for `room` decoding steps, of completions whose prompts models/decode_attention.py keeps."""
+    empty: Any = partial(RoomyLayer, room, grows=False)
+    return Cache(layer_class_to_replicate=empty)
+
+
 def common_beginning(model: Any, texts: Sequence[list[int]]) -> int:
     """How many tokens all texts begin with alike, less than the shortest of them has.
 
@@ -59,17 +65,20 @@ def read_beginning(model: Any, ids: Sequence[int]) -> list[State]:
 class RoomyLayer(DynamicLayer):
     """One layer's keys and values, (B, heads, T, dim), as the filled part of two longer tensors."""
 
-    def __init__(self, room: int, beginning: Sequence[Tensor] = ()) -> None:
+    def __init__(self, room: int, beginning: Sequence[Tensor] = (), grows: bool = True) -> None:
         super().__init__()
-        self.room, self.grows = room, True  # until the completions are laid out, with the room that they need
+        self.room, self.grows = room, grows  # until the completions are laid out, with the room that they need
         if beginning:
             self._begin(*beginning)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append along T; returns all keys and values."""
         new = (key_states, value_states)
-        if not self.is_initialized:
+        if not self.is_initialized and self.grows:
             return self._begin(*new)
+        if not self.is_initialized:
+            self._begin(*(state.new_empty(*state.shape[:2], self.room, state.shape[3]) for state in new))
+            self.length = 0
         start, self.length = self.length, self.length + key_states.shape[-2]
         if self.grows:
             keys, values = (torch.cat(parts, -2) for parts in zip(self.whole, new, strict=True))

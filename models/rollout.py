@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from models.decode_attention import grouped_queries
-from models.kv_cache import State, common_beginning, read_beginning, roomy_cache
+from models.decode_attention import Groups, group_attention
+from models.kv_cache import State, common_beginning, completions_cache, read_beginning, roomy_cache
 from models.shared_prompt import base_model
 
 LEAVE = 1 / 8  # share of a batch that has to be finished before it leaves: moving the cache costs as much as a row
@@ -58,17 +58,20 @@ def sample(
         if isinstance(generator, Sequence):
             noise = [generator[i * group_size + g] for i in indices for g in range(group_size)]
         sampled: list[list[float]] | None = None if logps is None else []
-        rows = _decode(
-            model,
-            [prompts[i][begun:] for i in indices],
-            beginning,
-            group_size,
-            max_new_tokens,
-            temperature,
-            set(eos_ids),
-            noise,
-            sampled,
-        )
+        rest = [prompts[i][begun:] for i in indices]
+        with group_attention(base_model(model), begun + max(map(len, rest)) + max_new_tokens) as groups:
+            rows = _decode(
+                model,
+                rest,
+                beginning,
+                groups,
+                group_size,
+                max_new_tokens,
+                temperature,
+                set(eos_ids),
+                noise,
+                sampled,
+            )
         for j, i in enumerate(indices):
             completions[i] = rows[j * group_size : (j + 1) * group_size]
             if logps is not None and sampled is not None:
@@ -84,6 +87,7 @@ def _decode(
     model: Any,
     prompts: list[list[int]],  # what comes after the beginning
     beginning: Sequence[State],
+    groups: Groups | None,
     group_size: int,
     max_new_tokens: int,
     temperature: float,
@@ -107,9 +111,15 @@ def _decode(
         past_key_values=roomy_cache(max_new_tokens, beginning, len(prompts)),
         use_cache=True,
         logits_to_keep=1,
+        **({} if groups is None else {"groups": groups}),
     )
     cache = out.past_key_values
-    cache.batch_repeat_interleave(group_size)
+    if groups is not None and len(groups.states) == len(cache.layers):
+        groups.begin(mask_PT, group_size)
+        cache = completions_cache(max_new_tokens)
+    else:  # a layer attends in its own way, or was not handed the groups
+        groups = None
+        cache.batch_repeat_interleave(group_size)
     logits_BV = out.logits[:, -1].repeat_interleave(group_size, 0)
     mask_BT = mask_PT.repeat_interleave(group_size, 0)
     position_B = positions_PT[:, -1].repeat_interleave(group_size, 0)
@@ -132,19 +142,21 @@ def _decode(
         if going.count(False) >= len(going) * LEAVE:
             keep_B = torch.tensor([i for i, on in enumerate(going) if on], device=device)
             cache.batch_select_indices(keep_B)
+            if groups is not None:
+                groups.keep(keep_B)
             tokens_B, mask_BT, position_B = tokens_B[keep_B], mask_BT[keep_B], position_B[keep_B]
             here = [row for row, on in zip(here, going, strict=True) if on]
             going = [True] * len(here)
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(here), 1)], 1)
         position_B = position_B + 1
-        with grouped_queries(base_model(model)):
-            logits_BV = model(
-                input_ids=tokens_B[:, None],
-                attention_mask=mask_BT,
-                position_ids=position_B[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+        seen = {"attention_mask": mask_BT} if groups is None else {"groups": groups}
+        logits_BV = model(
+            input_ids=tokens_B[:, None],
+            position_ids=position_B[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            **seen,
+        ).logits[:, -1]
     return rows
 
 

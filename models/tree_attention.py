@@ -66,8 +66,8 @@ def layout(spans: Sequence[Span], device: torch.device | str = "cpu", begun: int
             first += n
     tree_N = torch.tensor(trees, dtype=torch.long)
     start_N, size_N = torch.tensor(starts, dtype=torch.long), torch.tensor(sizes, dtype=torch.long)
-    prompt_PL, real_PL = _rows(prompts[0], prompts[1], longest)
-    branch_NC, real_NC = _rows(start_N, size_N, widest)
+    prompt_PL, real_PL = padded_rows(prompts[0], prompts[1], longest)
+    branch_NC, real_NC = padded_rows(start_N, size_N, widest)
     causal_CC = torch.ones(widest, widest, dtype=torch.bool).tril()
     sees_prompt_NCL = real_PL[tree_N][:, None].expand(-1, widest, -1)
     sees_itself_NCC = causal_CC & real_NC[:, None]
@@ -85,9 +85,9 @@ def layout(spans: Sequence[Span], device: torch.device | str = "cpu", begun: int
     return Layout(begun, *(part.to(device) for part in parts))
 
 
-def _rows(start_B: Tensor, size_B: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def padded_rows(start_B: Tensor, size_B: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """(B, width) row numbers from each start on, the last one repeated, and which of them are real."""
-    step_W = torch.arange(width)
+    step_W = torch.arange(width, device=start_B.device)
     return start_B[:, None] + torch.minimum(step_W, (size_B - 1).clamp(min=0)[:, None]), step_W < size_B[:, None]
 
 

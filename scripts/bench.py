@@ -197,7 +197,7 @@ def limit_seconds(case: Case, sizes: dict[str, int], flops: float, bandwidth: fl
     body = (4 * sizes["body"] + 6 * sizes["lora"]) * (shared + sampled)  # frozen weights need no gradient
     update = (body + 4 * sizes["head"] * sampled + 3 * attention) / flops
     weights = sizes["body"] + sizes["head"]
-    cached = 2 * case.rows * sizes["kv"] * sizes["layers"] * (case.prompt + case.completion / 2)
+    cached = 2 * sizes["kv"] * sizes["layers"] * (shared + sampled / 2)
     decode = max(2 * weights * case.rows / flops, 4 * (weights + cached) / bandwidth)
     rollout = 2 * sizes["body"] * shared / flops + (case.completion - 1) * decode
     return {"update": update, "rollout": rollout, "step": update + rollout}

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from models.decode_attention import Groups
 from models.kv_cache import RoomyLayer
 from models.rollout import sample
 from models.self_check import (
@@ -156,6 +157,19 @@ def test_a_cache_that_forgets_is_found_by_the_rollouts(monkeypatch: pytest.Monke
         layer.whole[0].zero_()
 
     monkeypatch.setattr(RoomyLayer, "batch_repeat_interleave", forget)
+    model = tiny_llama()
+    model.set_attn_implementation("eager")  # decodes from copies of the prompt's keys
+    assert rollout_problem(model, exact=True) is not None
+
+
+def test_groups_that_forget_are_found_by_the_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Groups.begin
+
+    def forget(groups: Groups, *args: Any) -> None:
+        whole(groups, *args)
+        groups.states[0][0].zero_()
+
+    monkeypatch.setattr(Groups, "begin", forget)
     assert rollout_problem(tiny_llama(), exact=True) is not None
 
 
