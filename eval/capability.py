@@ -93,13 +93,15 @@ def evaluate_capability(
     limit: int | None,
     progress: Callable[[int, int], None] | None = None,
     system: str | None = None,
+    kept: Path | None = None,
 ) -> pd.DataFrame:
     """Score a model on a suite: two rows per item, in the columns of items.parquet without arm and seed.
 
     The first row's metric is the benchmark's (acc or acc_norm; value 0 or 1), the second's is gold_logprob: the
     log-probability per token of the right answer. `limit` takes that many items per benchmark, spread over it, the same
     ones for every model. progress is called with (answers scored, answers in all). `system` stands before every
-    question (eval/system_prompt.py). Raises ValueError if a benchmark does not give the items it promises.
+    question (eval/system_prompt.py). `kept` is a file of scores, by which an interrupted evaluation of the same model
+    goes on (models/scoring.py). Raises ValueError if a benchmark does not give the items it promises.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"capability limit {limit}: give at least 1 item per benchmark, or none for all")
@@ -112,7 +114,7 @@ def evaluate_capability(
             raise ValueError(f"suite {suite}: {error}") from error
     system = f"{system}\n\n" if system else None
     told = len(tokenizer.encode(system, add_special_tokens=False)) if system else 0
-    lm = SharedContextLM(model, tokenizer, max_context=plan.max_context + told, progress=progress)
+    lm = SharedContextLM(model, tokenizer, max_context=plan.max_context + told, progress=progress, kept=kept)
     with quiet_lm_eval():
         tasks = {b.name: lm_eval_task(b, items[b.name]) for b in plan.benchmarks}
         results = cast(dict[str, Any], evaluate(lm, cast(Any, tasks), bootstrap_iters=0, system_instruction=system))

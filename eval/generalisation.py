@@ -11,6 +11,7 @@ Protocols, none of which needs a judge:
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -89,12 +90,14 @@ def evaluate_generalisation(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     system: str | None = None,
+    kept: Path | None = None,
 ) -> pd.DataFrame:
     """Run every task of the suite: the columns of items.parquet (docs/architecture.md) without arm and seed.
 
     limit: at most so many items per task (twins count as one); limit and seed alone decide which.
     progress: called with (items done, items in all).
     system: a system prompt for every chat (eval/system_prompt.py).
+    kept: a folder for the rows of finished tasks, by which an interrupted evaluation of the same model goes on.
     Raises ValueError for a faulty suite file and for a tokenizer without a chat template.
     """
     if tokenizer.chat_template is None:
@@ -105,12 +108,22 @@ def evaluate_generalisation(
     done = 0
     rows: list[dict[str, object]] = []
     for task, items in tasks:
+        place = None if kept is None else kept / f"{task.name}.json"
+        if place is not None and place.exists():
+            rows += json.loads(place.read_text(encoding="utf-8"))
+            done += len(items)
+            continue
+        of_task: list[dict[str, object]] = []
         for start in range(0, len(items), BATCH):
             batch = items[start : start + BATCH]
-            rows += [{**_about(task), **row} for row in _score(model, tokenizer, task, batch)]
+            of_task += [{**_about(task), **row} for row in _score(model, tokenizer, task, batch)]
             done += len(batch)
             if progress is not None:
                 progress(done, total)
+        rows += of_task
+        if place is not None:
+            place.with_suffix(".tmp").write_text(json.dumps(of_task), encoding="utf-8")
+            place.with_suffix(".tmp").rename(place)
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return frame.astype({"value": "float64", "refused": "boolean", "tokens": "int64", "heldout": "bool"})
 

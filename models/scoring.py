@@ -9,8 +9,11 @@ contexts lose tokens on the left.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +21,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from models.shared_prompt import Tree, branch_logps
+from models.shared_prompt import Tree, branch_logps, fill
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # ((context, continuation), context ids, continuation ids)
-TREES_PER_CALL = 16  # how often progress is told
+PACKS_PER_CALL = 4  # how often progress is told and scores are kept
 
 
 class SharedContextLM(TemplateLM):
     """An lm-eval LM over a model in memory. It scores continuations (`loglikelihood`); it does not generate.
 
     max_context: how many tokens of a context are kept, from the right. progress gets (pairs done, pairs in all).
+    kept: a file that scores are appended to as they are made; what it holds is not computed again.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class SharedContextLM(TemplateLM):
         max_context: int = 1024,
         token_budget: int = 1024,
         progress: Callable[[int, int], None] | None = None,
+        kept: Path | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -45,6 +50,7 @@ class SharedContextLM(TemplateLM):
         self.max_context = max_context
         self.token_budget = token_budget
         self.progress = progress
+        self.kept = kept
         self._single: list[bool] = []  # per request: is it its item's only one?
 
     @property
@@ -86,21 +92,32 @@ class SharedContextLM(TemplateLM):
             groups.setdefault(tuple(context[-self.max_context :]), []).append(i)
         trees = [Tree(list(context), [requests[i][2] for i in members]) for context, members in groups.items()]
         members = list(groups.values())
-        order = sorted(range(len(trees)), key=lambda t: len(trees[t]))
 
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        scores = _read_scores(self.kept)
+        keys = [""] * len(requests)
+        for tree, rows in zip(trees, members, strict=True):
+            for i, branch in zip(rows, tree.branches, strict=True):
+                keys[i] = _key(tree.prompt, branch, self._single[i])
+        order = sorted(range(len(trees)), key=lambda t: len(trees[t]))
         done = 0
-        for start in range(0, len(order), TREES_PER_CALL):
-            chunk = order[start : start + TREES_PER_CALL]
+        for run in fill([len(trees[t]) for t in order], PACKS_PER_CALL * self.token_budget):
+            chunk = [order[i] for i in run]
+            done += sum(len(members[t]) for t in chunk)
+            if all(keys[i] in scores for t in chunk for i in members[t]):
+                continue
+            new: dict[str, tuple[float, bool]] = {}
             scored = branch_logps(self.model, [trees[t] for t in chunk], self.token_budget)
             for t, logps in zip(chunk, scored, strict=True):
                 for i, branch, logp_N in zip(members[t], trees[t].branches, logps, strict=True):
                     greedy = self._single[i] and self._is_greedy(trees[t].prompt, branch, logp_N.min().item())
-                    results[i] = (logp_N.double().sum().item(), greedy)
-                done += len(members[t])
+                    new[keys[i]] = (logp_N.double().sum().item(), greedy)
+            scores |= new
+            if self.kept is not None:
+                with self.kept.open("a", encoding="utf-8") as file:
+                    file.writelines(f"\n{json.dumps([key, *score])}" for key, score in new.items())
             if self.progress is not None:
                 self.progress(done, len(requests))
-        return results
+        return [scores[key] for key in keys]
 
     def _is_greedy(self, context: list[int], continuation: list[int], lowest_logp: float) -> bool:
         """Whether greedy decoding would give this continuation; costs a pass only where probabilities leave it open."""
@@ -126,3 +143,19 @@ class SharedContextLM(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Not offered."""
         raise ValueError("the shared-context scorer does not generate; use lm-eval's own `--model hf` for such tasks")
+
+
+def _key(context: list[int], continuation: list[int], single: bool) -> str:
+    return hashlib.sha256(repr((context, continuation, single)).encode()).hexdigest()[:32]
+
+
+def _read_scores(path: Path | None) -> dict[str, tuple[float, bool]]:
+    """What an interrupted call has left: (summed log-probability, is greedy) by context and continuation."""
+    scores: dict[str, tuple[float, bool]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else ():
+        try:
+            key, logp, greedy = json.loads(line)
+        except ValueError:  # empty, or cut off by what stopped the call
+            continue
+        scores[key] = (logp, greedy)
+    return scores

@@ -42,7 +42,8 @@ from rewards.reward_trainer import (
 )
 
 CLIP = 1.5  # proxy rewards are held within +-CLIP, so that no outlier of the reward model dominates a group
-MEASURED_PROBES = 160  # of validation and of held-out families
+MEASURED_PROBES = 160  # most probes of validation and of held-out families
+MEASURED_SHARE = 0.4  # of the number that is learned from: a small fit is not measured longer than it takes
 OWN_TOKENS = 32  # length of the policy's own answers
 VALIDATION_SHARE = 0.15  # of the training subjects, kept for the calibration
 
@@ -140,10 +141,11 @@ def fit_reward_model(
     held_back = probes[: int(len(probes) * VALIDATION_SHARE)]
     heldout = probes_of(cfg.domains, "heldout", seed)
     rng = random.Random(f"pairs/{seed}")
+    measured = min(MEASURED_PROBES, round(MEASURED_SHARE * cfg.probes))
     drawn = {
         "train": draw_probes(probes[len(held_back) :], cfg.probes, rng),
-        "validation": draw_probes(held_back, MEASURED_PROBES, rng),
-        "test": draw_probes(heldout, MEASURED_PROBES, rng),
+        "validation": draw_probes(held_back, measured, rng),
+        "test": draw_probes(heldout, measured, rng),
     }
     own = own_answers(start, [probe for part in drawn.values() for probe in part], cfg.own_answers, seed)
     parts = {

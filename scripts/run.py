@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -478,7 +479,7 @@ def _eval_stage(experiment: Experiment, run_dir: Path, arm: str, seed: int, need
 
 
 def _eval(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path, bars: Bars) -> None:
-    """Write items.parquet. Each suite is kept as it is finished, so that an interrupted evaluation goes on after it."""
+    """Write items.parquet. What is measured is kept meanwhile, so that an interrupted evaluation goes on after it."""
     import pandas as pd
 
     from eval.capability import evaluate_capability
@@ -489,23 +490,26 @@ def _eval(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path,
     if not all(path.exists() for path in todo.values()):
         system = system_prompt(experiment, arm)
         model, tokenizer = load_arm(find_arm(run_dir, arm, seed, system), best_device())
+        kept = out / "kept"
+        kept.mkdir(exist_ok=True)
         for name, path in todo.items():
             suite, bar = experiment.eval.suites[name], bars(name)
             if path.exists():
                 continue
+            file = find_file(suite.file)
             if name == "capability":
-                items = evaluate_capability(model, tokenizer, find_file(suite.file), suite.limit, bar, system)
+                scores = kept / "scores.jsonl"
+                items = evaluate_capability(model, tokenizer, file, suite.limit, bar, system, scores)
             else:
                 wording = experiment.eval.seed
-                items = evaluate_generalisation(
-                    model, tokenizer, find_file(suite.file), suite.limit, wording, bar, system
-                )
+                items = evaluate_generalisation(model, tokenizer, file, suite.limit, wording, bar, system, kept)
             items.to_parquet(path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
     frames = [pd.read_parquet(path).assign(arm=arm, seed=seed) for path in todo.values()]
     pd.concat(frames, ignore_index=True)[list(ITEM_COLUMNS)].to_parquet(out / "items.parquet")
     for path in todo.values():
         path.unlink()
+    shutil.rmtree(out / "kept", ignore_errors=True)
 
 
 def _duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ import yaml
 
 from eval.capability import COLUMNS, Suite, evaluate_capability, load_suite
 from eval.capability_tasks import Benchmark, load_items
+from models import scoring
 
 SUITE = Path(__file__).parents[1] / "configs/suites/capability-53-offline.yaml"
 TRAINED = {
@@ -107,6 +108,27 @@ def test_rows(small_suite: Path, tiny_model: Any, tokenizer: Any, monkeypatch: p
     assert (table.tokens >= 1).all()
     assert table.heldout.all()
     assert set(table.suite) == {"capability"}
+
+
+def test_an_interrupted_evaluation_goes_on(
+    small_suite: Path, tiny_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "PACKS_PER_CALL", 1)
+    kept, before, after = tmp_path / "scores.jsonl", [], []
+
+    def stop(done: int, total: int) -> None:
+        before.append(done)
+        if len(before) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_capability(tiny_model, tokenizer, small_suite, 6, stop, kept=kept)
+    kept.write_text(kept.read_text()[:-3])  # the third call's last line was cut off
+    table = evaluate_capability(
+        tiny_model, tokenizer, small_suite, 6, lambda done, total: after.append(done), kept=kept
+    )
+    assert after[0] == before[2]
+    assert table.equals(evaluate_capability(tiny_model, tokenizer, small_suite, 6))
 
 
 def test_value_is_whether_the_output_is_the_right_choice(small_suite: Path, tiny_model: Any, tokenizer: Any) -> None:

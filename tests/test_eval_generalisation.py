@@ -332,6 +332,22 @@ def test_the_whole_suite_on_a_tiny_model(tiny_model: LlamaForCausalLM, tokenizer
     assert frame.equals(again)
 
 
+def test_an_interrupted_evaluation_goes_on(
+    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    seen: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_generalisation(tiny_model, tokenizer, SUITE, 2, 0, stop, kept=tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 9  # two items a task
+    frame = evaluate_generalisation(tiny_model, tokenizer, SUITE, 2, 0, lambda d, n: seen.append(d), kept=tmp_path)
+    assert seen[0] == 20
+    assert frame.equals(evaluate_generalisation(tiny_model, tokenizer, SUITE, 2, 0))
+
+
 def test_a_base_model_without_a_chat_template_is_told_so(
     tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:

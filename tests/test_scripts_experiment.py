@@ -59,7 +59,7 @@ def test_every_shipped_experiment_is_valid():
         ("arms.dose-25.dose=-0.1", ["arms.dose-25.dose = -0.1", "greater than or equal to 0"]),
         ("arms.dose-25.dose=much", ["arms.dose-25.dose = 'much'", "valid number"]),
         ("arms.dose-25.dose=0", ["arms", "exactly one arm has dose 0"]),
-        ("arms.dose-25.dose=0.5", ["arms.dose-50", "the same as arms.dose-25"]),
+        ("arms.half={dose: 0.25}", ["arms.half", "the same as arms.dose-25"]),
         ("arms.dose-25.dose=0.0001", ["arms.dose-25.dose = 0.0001", "no trait prompt", "1600"]),
         ("arms.base.dose=0.3", ["arms", "'base'", "common start"]),
         ("reward.trait=truthfullness", ["reward.trait = 'truthfullness'", "did you mean truthfulness?"]),
