@@ -20,7 +20,7 @@ $(READY): requirements/cpu.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: $(READY)  ## Run the quickstart: warm start, reward model, three arms, evaluation, report
+demo: $(READY)  ## Run the quickstart: warm start, reward model, two arms, evaluation, report
 	@$(BIN)/traitdose run configs/experiments/quickstart.yaml
 
 test: $(READY)  ## Run the tests (under 10 minutes on 2 cores)
