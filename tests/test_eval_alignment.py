@@ -250,7 +250,8 @@ def test_every_new_task_runs(tiny_model: LlamaForCausalLM, tokenizer: PreTrained
     new = [task for task in tasks[1:] if re.search(r"source: (\S+)", task)[1] in READERS]  # type: ignore[index]
     short = tmp_path / "new.yaml"
     short.write_text("\n  - name: ".join([tasks[0], *new]).replace("max_new_tokens: 32", "max_new_tokens: 2"))
-    frame = evaluate_generalisation(tiny_model, tokenizer, short, limit=1, seed=0)
+    frame = evaluate_generalisation(tiny_model, tokenizer, short, limit=1, seed=0, kept=tmp_path)
+    assert frame.equals(evaluate_generalisation(tiny_model, tokenizer, short, limit=1, seed=0, kept=tmp_path))
     suite = load_suite(short)
     assert set(frame["task"]) == {task.name for task in suite.tasks}
     for task in suite.tasks:
