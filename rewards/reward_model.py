@@ -42,8 +42,8 @@ from rewards.reward_trainer import (
 )
 
 CLIP = 1.5  # proxy rewards are held within +-CLIP, so that no outlier of the reward model dominates a group
-MEASURED_PROBES = 160  # most probes of validation and of held-out families
-MEASURED_SHARE = 0.4  # of the number that is learned from: a small fit is not measured longer than it takes
+MEASURED_SHARE = 0.4  # probes of validation and of held-out families, each, to one that is learned from,
+MEASURED_PROBES = (64, 160)  # at least and at most: enough to judge by, and not longer than the fit takes
 OWN_TOKENS = 32  # length of the policy's own answers
 VALIDATION_SHARE = 0.15  # of the training subjects, kept for the calibration
 
@@ -141,7 +141,8 @@ def fit_reward_model(
     held_back = probes[: int(len(probes) * VALIDATION_SHARE)]
     heldout = probes_of(cfg.domains, "heldout", seed)
     rng = random.Random(f"pairs/{seed}")
-    measured = min(MEASURED_PROBES, round(MEASURED_SHARE * cfg.probes))
+    least, most = MEASURED_PROBES
+    measured = min(max(round(MEASURED_SHARE * cfg.probes), least), most)
     drawn = {
         "train": draw_probes(probes[len(held_back) :], cfg.probes, rng),
         "validation": draw_probes(held_back, measured, rng),
