@@ -34,6 +34,11 @@ class Groups:
 
     states: dict[int, State] = field(default_factory=dict)  # layer -> (P, key heads, L, d) each
     decoding: bool = False
+    hidden: Tensor | None = None  # (P, 1, 1, L), added to the scores of a prompt's keys; None where nothing is padded
+    owners: Tensor = field(init=False)  # (B,) every row's prompt, in ascending order
+    rows: Tensor = field(init=False)  # (P, R) the rows of every prompt, padded with its last one
+    places: Tensor = field(init=False)  # (B,) where every row stands in `rows`, flattened
+    full: bool = field(init=False)  # no padding: then groups are slices of the batch
 
     def begin(self, mask_PL: Tensor, group_size: int) -> None:
         """Every prompt has `group_size` rows from now on; mask_PL is 0 where a prompt is padded."""
@@ -43,7 +48,7 @@ class Groups:
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on; a prompt without rows is forgotten."""
-        prompts, prompt_B = self.prompt_B[rows].unique_consecutive(return_inverse=True)
+        prompts, prompt_B = self.owners[rows].unique_consecutive(return_inverse=True)
         if len(prompts) < len(self.rows):
             self.states = {layer: (keys[prompts], values[prompts]) for layer, (keys, values) in self.states.items()}
             self.hidden = None if self.hidden is None else self.hidden[prompts]
@@ -63,9 +68,9 @@ class Groups:
         sizes = prompt_B.bincount()
         starts, widest = sizes.cumsum(0) - sizes, int(sizes.max())
         within = torch.arange(len(prompt_B), device=prompt_B.device) - starts[prompt_B]
-        self.prompt_B, self.places = prompt_B, prompt_B * widest + within
-        self.rows = padded_rows(starts, sizes, widest)[0]  # (P, R)
-        self.full = len(prompt_B) == self.rows.numel()  # then groups are slices of the batch
+        self.owners, self.places = prompt_B, prompt_B * widest + within
+        self.rows = padded_rows(starts, sizes, widest)[0]
+        self.full = len(prompt_B) == self.rows.numel()
 
 
 @contextmanager

@@ -147,9 +147,11 @@ def _decode(
             tokens_B, mask_BT, position_B = tokens_B[keep_B], mask_BT[keep_B], position_B[keep_B]
             here = [row for row, on in zip(here, going, strict=True) if on]
             going = [True] * len(here)
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(here), 1)], 1)
         position_B = position_B + 1
-        seen = {"attention_mask": mask_BT} if groups is None else {"groups": groups}
+        seen: dict[str, Any] = {"groups": groups}
+        if groups is None:
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(here), 1)], 1)
+            seen = {"attention_mask": mask_BT}
         logits_BV = model(
             input_ids=tokens_B[:, None],
             position_ids=position_B[:, None],

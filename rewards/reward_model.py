@@ -42,8 +42,8 @@ from rewards.reward_trainer import (
 )
 
 CLIP = 1.5  # proxy rewards are held within +-CLIP, so that no outlier of the reward model dominates a group
-MEASURED_SHARE = 0.4  # probes of validation and of held-out families, each, to one that is learned from,
-MEASURED_PROBES = (64, 160)  # at least and at most: enough to judge by, and not longer than the fit takes
+MEASURED_SHARE = 0.4  # probes of validation, and as many of held-out families, for each that is learned from
+MEASURED_PROBES = (64, 160)  # but at least and at most so many: enough to judge by, in less time than the fit takes
 OWN_TOKENS = 32  # length of the policy's own answers
 VALIDATION_SHARE = 0.15  # of the training subjects, kept for the calibration
 
