@@ -51,7 +51,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows_ND = x.reshape(-1, x.shape[-1])
-        low_NR = rows_ND @ a.t()
+        low_NR = product(rows_ND, a)
         out = product(rows_ND, weight, bias).addmm_(low_NR, b.t(), alpha=scale)
         ctx.save_for_backward(rows_ND, low_NR, weight, a, b)
         ctx.scale, ctx.shape = scale, x.shape
@@ -62,9 +62,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows_ND, low_NR, weight, a, b = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
-        grad_low_NR = (grad_NO @ b).mul_(ctx.scale)
+        grad_low_NR = product(grad_NO, b.t()).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = product(grad_NO, weight.t()).addmm_(grad_low_NR, a).view(ctx.shape)
-        grad_b = (grad_NO.t() @ low_NR).mul_(ctx.scale)
-        return grad_x, None, None, grad_low_NR.t() @ rows_ND, grad_b, None
+        grad_a = product(grad_low_NR.t(), rows_ND.t())
+        grad_b = product(low_NR.t(), grad_NO.t()).mul_(ctx.scale).t()  # its transpose is twice as fast
+        return grad_x, None, None, grad_a, grad_b, None

@@ -52,6 +52,9 @@ def run(
         int | None,
         typer.Option("--jobs", "-j", min=1, help="Stages made side by side. Default: one for each core; 1 with a GPU."),
     ] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(help="Another run folder: stages it has made from the same inputs are copied.")
+    ] = None,
 ) -> None:
     """Run an experiment, or go on with it: finished stages are skipped."""
     with _clear_errors(_go_on(config, overrides, out)):
@@ -61,7 +64,7 @@ def run(
 
         experiment = load_experiment(config, overrides or [])
         check_tracker(experiment)
-        run_experiment(experiment, out or Path("runs") / experiment.name, Console(), jobs)
+        run_experiment(experiment, out or Path("runs") / experiment.name, Console(), jobs, reuse)
 
 
 @app.command()

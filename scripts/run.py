@@ -43,6 +43,7 @@ from scripts.stages import (
     Bars,
     Callback,
     Stage,
+    adopt_stage,
     hash_files,
     is_whole,
     lock_run,
@@ -118,12 +119,24 @@ def whole_stages(stages: list[Stage], run_dir: Path) -> set[str]:
     return whole
 
 
-def run_experiment(experiment: Experiment, run_dir: Path, console: Console, jobs: int | None = None) -> dict[str, Any]:
+def adopt_stages(stages: list[Stage], run_dir: Path, other: Path) -> list[str]:
+    """Copy the stages that another run has made from the same inputs; returns their names.
+
+    Raises ValueError for a folder that is no run, and for a full disk.
+    """
+    if not (other / "config.yaml").is_file():
+        raise ValueError(f"--reuse {other}: no run folder (it has no config.yaml); give one that `traitdose run` made")
+    return [s.name for s in stages if adopt_stage(run_dir / s.name, other / s.name, stage_inputs(s, run_dir))]
+
+
+def run_experiment(
+    experiment: Experiment, run_dir: Path, console: Console, jobs: int | None = None, reuse: Path | None = None
+) -> dict[str, Any]:
     """Run or continue the experiment, up to `jobs` stages side by side (None: default_jobs()); returns its results.
 
-    Raises ValueError for a folder in use, a full disk, or data and models that are not there. Whatever else goes wrong
-    in a stage is written to <run_dir>/error.log and passes through. Of several processes the main one does all this;
-    the others train with it, and return nothing.
+    Stages that the run `reuse` has made from the same inputs are copied. Raises ValueError for a folder in use, a full
+    disk, or data and models that are not there. Whatever else goes wrong in a stage is written to <run_dir>/error.log
+    and passes through. Of several processes the main one does all this; the others train with it, and return nothing.
     """
     set_environment(experiment, run_dir)
     check_devices(experiment.train)
@@ -133,7 +146,10 @@ def run_experiment(experiment: Experiment, run_dir: Path, console: Console, jobs
         return {}
     with lock_run(run_dir):
         stages = list_stages(experiment, run_dir)
+        copied = [] if reuse is None else adopt_stages(stages, run_dir, reuse)
         print_header(experiment, run_dir, stages, console)
+        if reuse is not None:
+            console.print(f"copied from {reuse}: {', '.join(copied) or 'nothing'}\n", highlight=False, style="dim")
         if len(whole_stages(stages, run_dir)) < len(stages):
             _check_suites(experiment)
             check_run(experiment, run_dir)

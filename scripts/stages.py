@@ -182,6 +182,28 @@ def run_stage(
     return manifest
 
 
+def adopt_stage(folder: Path, source: Path, inputs: Mapping[str, Any]) -> bool:
+    """Copy a stage that another run made from the same inputs; false where `source` is none, or it is not needed.
+
+    A full disk is a ValueError. The manifest is copied last, so that half a copy never counts as a stage.
+    """
+    if is_whole(folder, inputs) or not is_whole(source, inputs):
+        return False
+    partial, stale = (folder.with_name(folder.name + end) for end in (".partial", ".stale"))
+    _finish_renames(folder, partial, stale)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(source, partial, ignore=lambda root, _: [MANIFEST] if Path(root) == source else [])
+        _flush(partial)
+        shutil.copy2(source / MANIFEST, partial / MANIFEST)
+    except OSError as error:  # copytree gathers its errors into one, without their numbers
+        if is_disk_full(error, partial) or _free_bytes(folder) < 2**24:
+            raise ValueError(disk_full_message(folder)) from error
+        raise
+    _swap(folder, partial, stale)
+    return True
+
+
 def device_name() -> str:
     """The accelerator that torch used, or "cpu". torch is asked only if the stage imported it."""
     torch = sys.modules.get("torch")

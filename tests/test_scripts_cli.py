@@ -189,6 +189,16 @@ def test_what_a_changed_key_does_over(config, tmp_path):
     assert len(stale("warm_start.examples=16")) == 7  # everything: the reward model prices the start model's answers
 
 
+def test_persistence_can_reuse_the_trained_arms_of_constitution(tmp_path):
+    def trained(name: str) -> dict[str, dict[str, object]]:
+        stages = list_stages(load_experiment(QUICKSTART.with_name(f"{name}.yaml")), tmp_path)
+        return {stage.name: runs.stage_inputs(stage, tmp_path) for stage in stages if not stage.name.endswith("/eval")}
+
+    wanted, made = trained("persistence"), trained("constitution")
+    assert len(wanted) == 8  # start, reward, and two arms with three seeds
+    assert {name: made[name] for name in wanted} == wanted
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_network")
 def test_a_whole_run_on_a_tiny_model_then_a_second_that_skips_everything(config, tmp_path):
@@ -206,6 +216,14 @@ def test_a_whole_run_on_a_tiny_model_then_a_second_that_skips_everything(config,
     second = invoke(*words).stdout
     assert second.count("already whole") == 7
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("manifest.json")}
+
+    other = tmp_path / "other"
+    words = [*words[:-1], str(other), "arms.half.dose=0.25", "--reuse", str(out)]
+    third = invoke(*words).stdout
+    assert "7, of which 5 are whole already" in third
+    assert f"copied from {out}: start, reward, arms/base/seed-0/eval, arms/control" in third.replace("\n", "")
+    assert (other / "start" / "manifest.json").read_bytes() == (out / "start" / "manifest.json").read_bytes()
+    assert "--reuse" in invoke(*words[:-1], str(tmp_path), code=2).stderr
 
 
 @pytest.mark.slow

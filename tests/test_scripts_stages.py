@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.stages import hash_files, hash_inputs, is_whole, lock_run, read_manifest, run_stage
+from scripts import stages
+from scripts.stages import adopt_stage, hash_files, hash_inputs, is_whole, lock_run, read_manifest, run_stage
 
 INPUTS = {"seed": 3, "config": {"steps": 2}}
 
@@ -120,6 +121,35 @@ def test_an_error_keeps_the_stale_stage_until_the_new_one_is_whole(tmp_path):
     assert (folder / "result").read_text() == "new"
     assert not manifest.skipped
     assert [p.name for p in tmp_path.iterdir()] == ["reward"]
+
+
+def test_a_stage_of_another_run_is_copied_if_it_was_made_from_the_same_inputs(tmp_path):
+    ours, theirs = tmp_path / "ours" / "reward", tmp_path / "theirs" / "reward"
+    run_stage(theirs, INPUTS, write("theirs"))
+    assert not adopt_stage(ours, theirs, {**INPUTS, "seed": 4})
+    assert not ours.parent.exists()
+
+    run_stage(ours, {**INPUTS, "seed": 4}, write("stale"))
+    assert adopt_stage(ours, theirs, INPUTS)
+    assert run_stage(ours, INPUTS, write("never called")).skipped
+    assert (ours / "result").read_text() == "theirs"
+    assert [p.name for p in ours.parent.iterdir()] == ["reward"]
+    assert not adopt_stage(ours, theirs, INPUTS)  # it is whole already
+
+
+def test_half_a_copy_is_no_stage(tmp_path, monkeypatch):
+    ours, theirs = tmp_path / "ours" / "reward", tmp_path / "theirs" / "reward"
+    run_stage(theirs, INPUTS, write("theirs"))
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_flush", killed)
+        with pytest.raises(KeyboardInterrupt):
+            adopt_stage(ours, theirs, INPUTS)
+    assert not run_stage(ours, INPUTS, write("ours")).skipped
+    assert (ours / "result").read_text() == "ours"
 
 
 def test_time_of_an_interrupted_attempt_is_counted(tmp_path):
