@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -51,47 +51,51 @@ class Pack:
     position_ids: Tensor  # (1, T) restart after the prompt for every branch
     mask: Tensor  # (1, 1, T, T) bool, True where a row may attend to a column
     predictors: Tensor  # (N,) row whose hidden state predicts branch token n
-    ends: Tensor  # (branches,) row of each branch's last token (the prompt's last for an empty branch)
+    ends: Tensor  # (branches,) each branch's last row, the prompt's last where it has none
     targets: Tensor  # (N,) branch token ids
     lengths: list[list[int]]  # branch lengths per tree
     spans: list[Span]  # where each tree lies
 
 
-def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Pack:
-    """Lay trees out in one row with their positions, their mask, and the rows that predict each branch token."""
+def pack(trees: Sequence[Tree], device: torch.device | str = "cpu", whole: bool = False) -> Pack:
+    """Lay trees out in one row with their positions, their mask, and the rows that predict each branch token.
+
+    A branch's last token predicts nothing and no other row looks at it: it gets a row only in a `whole` pack, which is
+    for a model that judges texts at their ends.
+    """
     _check_prompts(trees)
-    spans = _spans(trees)
+    laid = trees if whole else [Tree(tree.prompt, [branch[:-1] for branch in tree.branches]) for tree in trees]
+    spans = _spans(laid)
     predictors: list[int] = []
     ends: list[int] = []
-    for span in spans:
+    for tree, span in zip(trees, spans, strict=True):
         first = span.start + span.prompt
         last = first - 1
-        for n in span.branches:
-            predictors += [last, *range(first, first + n - 1)][:n]
+        for branch, n in zip(tree.branches, span.branches, strict=True):
+            predictors += [last, *range(first, first + n)][: len(branch)]
             ends.append(first + n - 1 if n else last)
             first += n
-    return _lay_out(trees, spans, predictors, ends, _branch_tokens(trees), device)
+    return _lay_out(trees, laid, spans, predictors, ends, device)
 
 
 def pack_for_forward(trees: Sequence[Tree], device: torch.device | str = "cpu") -> tuple[Pack, Tensor]:
     """Lay trees out so that every row predicts one token, as a model's own forward wants its labels.
 
-    Each branch begins with a copy of the prompt's last token, which the shared part leaves out. Returns the pack and
-    its labels, (1, T): the token that a row predicts, or -100. `targets` are as in `pack`.
+    Each branch begins with a copy of the prompt's last token, which the shared part leaves out, and ends before its
+    own. Returns the pack and its labels, (1, T): the token that a row predicts, or -100. `targets` are as in `pack`.
     """
     _check_prompts(trees)
-    headed = [Tree(tree.prompt[:-1], [tree.prompt[-1:] + branch for branch in tree.branches]) for tree in trees]
+    headed = [Tree(tree.prompt[:-1], [tree.prompt[-1:] + branch[:-1] for branch in tree.branches]) for tree in trees]
     spans = _spans(headed)
     predictors: list[int] = []
     ends: list[int] = []
-    for span in spans:
+    for tree, span in zip(trees, spans, strict=True):
         first = span.start + span.prompt
-        for n in span.branches:
-            predictors += range(first, first + n - 1)
+        for branch, n in zip(tree.branches, span.branches, strict=True):
+            predictors += range(first, first + len(branch))
             ends.append(first + n - 1)
             first += n
-    packed = _lay_out(headed, spans, predictors, ends, _branch_tokens(trees), device)
-    packed = replace(packed, lengths=[[len(branch) for branch in tree.branches] for tree in trees])
+    packed = _lay_out(trees, headed, spans, predictors, ends, device)
     labels_T = torch.full_like(packed.input_ids, -100)
     labels_T[0, packed.predictors] = packed.targets
     return packed, labels_T
@@ -100,10 +104,6 @@ def pack_for_forward(trees: Sequence[Tree], device: torch.device | str = "cpu") 
 def _check_prompts(trees: Sequence[Tree]) -> None:
     if not all(tree.prompt for tree in trees):
         raise ValueError("a tree needs a prompt of at least one token: its last token predicts every branch's first")
-
-
-def _branch_tokens(trees: Sequence[Tree]) -> list[int]:
-    return [token for tree in trees for branch in tree.branches for token in branch]
 
 
 def _spans(trees: Sequence[Tree]) -> list[Span]:
@@ -115,18 +115,18 @@ def _spans(trees: Sequence[Tree]) -> list[Span]:
 
 def _lay_out(
     trees: Sequence[Tree],
+    laid: Sequence[Tree],
     spans: list[Span],
     predictors: list[int],
     ends: list[int],
-    targets: list[int],
     device: torch.device | str,
 ) -> Pack:
-    """The pack of trees that lie as `spans` say; a prompt may be empty."""
+    """The pack of `trees` of which the rows of `laid` are computed, where `spans` say; a laid prompt may be empty."""
     ids: list[int] = []
     positions: list[int] = []
     tree_of: list[int] = []
     branch_of: list[int] = []
-    for t, tree in enumerate(trees):
+    for t, tree in enumerate(laid):
         n = len(tree.prompt)
         for b, (part, begin) in enumerate([(tree.prompt, 0), *((branch, n) for branch in tree.branches)], start=PROMPT):
             ids += part
@@ -139,8 +139,8 @@ def _lay_out(
         mask=_visible(tree_of, branch_of, device),
         predictors=torch.tensor(predictors, dtype=torch.long, device=device),
         ends=torch.tensor(ends, dtype=torch.long, device=device),
-        targets=torch.tensor(targets, dtype=torch.long, device=device),
-        lengths=[span.branches for span in spans],
+        targets=torch.tensor([t for tree in trees for branch in tree.branches for t in branch], device=device).long(),
+        lengths=[[len(branch) for branch in tree.branches] for tree in trees],
         spans=spans,
     )
 
@@ -169,10 +169,12 @@ def fill(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield run
 
 
-def packs(trees: Sequence[Tree], token_budget: int, device: torch.device | str = "cpu") -> Iterator[Pack]:
+def packs(
+    trees: Sequence[Tree], token_budget: int, device: torch.device | str = "cpu", whole: bool = False
+) -> Iterator[Pack]:
     """The trees, in their order, in packs of at most `token_budget` tokens; a longer tree stands alone."""
     for run in fill([len(tree) for tree in trees], token_budget):
-        yield pack([trees[i] for i in run], device)
+        yield pack([trees[i] for i in run], device, whole)
 
 
 def packed_logps(model: Any, packed: Pack, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,7 @@ class RewardModel:
         ]
         scores = np.zeros(len(answers))
         for run in fill([len(tree) for tree, _ in parts], TOKEN_BUDGET):
-            heads = branch_scores(self.model, pack([parts[i][0] for i in run], self.model.device))
+            heads = branch_scores(self.model, pack([parts[i][0] for i in run], self.model.device, whole=True))
             scores[[row for i in run for row in parts[i][1]]] = heads.float().cpu().numpy()
         return scores
 

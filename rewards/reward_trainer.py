@@ -39,7 +39,8 @@ class SharedPromptRewardTrainer(SealedTrainer, RewardTrainer):
         model = self.accelerator.unwrap_model(model)
         trees: list[Tree] = inputs["trees"]
         with self.accelerator.autocast():
-            scores = torch.cat([branch_scores(model, packed) for packed in packs(trees, TOKEN_BUDGET, device)])
+            whole = packs(trees, TOKEN_BUDGET, device, whole=True)
+            scores = torch.cat([branch_scores(model, packed) for packed in whole])
         better, worse, margins = (inputs[key].to(device) for key in ("better", "worse", "margins"))
         loss = self.pair_loss(scores, better, worse, margins, self.args.center_rewards_coefficient or 0.0)
         metrics = self._metrics["train" if model.training else "eval"]
@@ -126,7 +127,7 @@ def answer_trees(
 
 
 def branch_scores(model: Any, packed: Pack) -> Tensor:
-    """The scalar head at the last token of every branch, (branches,)."""
+    """The scalar head at the last token of every branch of a whole pack, (branches,)."""
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden_TD = packed_hidden(classifier.get_decoder(), packed)
     return classifier.score(hidden_TD[packed.ends])[:, 0].float()

@@ -207,7 +207,8 @@ def limit_seconds(case: Case, sizes: dict[str, int], flops: float, bandwidth: fl
     shared, sampled = case.prompts * case.prompt, case.rows * case.completion
     pairs = case.prompts * case.prompt**2 / 2 + sampled * (case.prompt + case.completion / 2)
     attention = 4 * pairs * sizes["attention"] * sizes["layers"]
-    body = (4 * sizes["body"] + 6 * sizes["lora"]) * (shared + sampled)  # frozen weights need no gradient
+    read = shared + sampled - case.rows  # a completion's last token predicts nothing
+    body = (4 * sizes["body"] + 6 * sizes["lora"]) * read  # frozen weights need no gradient
     update = (body + 4 * sizes["head"] * sampled + 3 * attention) / flops
     weights = sizes["body"] + sizes["head"]
     cached = 2 * sizes["kv"] * sizes["layers"] * (shared + sampled / 2)

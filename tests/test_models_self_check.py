@@ -188,9 +188,9 @@ def test_the_layout_for_a_models_own_forward_predicts_one_token_a_row() -> None:
     row = packed.input_ids[0].tolist()
     first = trees[0]
     assert row[:8] == first.prompt[:-1]
-    assert row[8:13] == [first.prompt[-1], *first.branches[0]]
-    assert labels[0, 8:13].tolist() == [*first.branches[0], -100]
-    assert packed.position_ids[0, 8:13].tolist() == [8, 9, 10, 11, 12]
+    assert row[8:12] == [first.prompt[-1], *first.branches[0][:-1]]
+    assert labels[0, 8:12].tolist() == first.branches[0]
+    assert packed.position_ids[0, 8:12].tolist() == [8, 9, 10, 11]
     assert packed.targets.tolist() == [t for tree in trees for branch in tree.branches for t in branch]
     with torch.no_grad():
         model = tiny_llama()

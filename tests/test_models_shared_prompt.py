@@ -30,6 +30,8 @@ def some_trees(seed: int = 0, vocab: int = 101) -> list[Tree]:
         Tree(tokens(7), [tokens(5), tokens(1), tokens(9)]),
         Tree(tokens(1), [tokens(4), []]),
         Tree(tokens(12), [tokens(3)] * 2 + [tokens(8)]),
+        Tree(tokens(6), [tokens(1), tokens(1)]),
+        Tree(tokens(2), [[]]),
     ]
 
 
@@ -47,6 +49,27 @@ def test_branch_logps_equal_plain_forward(config: type, budget: int) -> None:
     model = AutoModelForCausalLM.from_config(config(**SHAPE), attn_implementation="sdpa").eval()
     trees = some_trees()
     for tree, branches in zip(trees, branch_logps(model, trees, budget), strict=True):
+        for branch, logps in zip(tree.branches, branches, strict=True):
+            torch.testing.assert_close(logps, plain_logps(model, tree.prompt, branch), atol=1e-5, rtol=1e-5)
+
+
+def test_a_last_token_has_a_row_in_a_whole_pack_only() -> None:
+    trees = [Tree([5, 6], [[7], [8, 9], []])]
+    packed, whole = pack(trees), pack(trees, whole=True)
+    assert packed.input_ids.tolist() == [[5, 6, 8]]
+    assert whole.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert packed.predictors.tolist() == [1, 1, 2]
+    assert whole.predictors.tolist() == [1, 1, 3]
+    assert packed.ends.tolist() == [1, 2, 1]
+    assert whole.ends.tolist() == [2, 4, 1]
+    assert packed.targets.tolist() == whole.targets.tolist() == [7, 8, 9]
+    assert packed.lengths == whole.lengths == [[1, 2, 0]]
+
+
+@pytest.mark.parametrize("trees", [[Tree([5, 6], [[7], [8]])], [Tree([5], [[]])], [Tree([5], [[7]])]])
+def test_packs_whose_branches_have_no_rows(trees: list[Tree]) -> None:
+    model = tiny_llama()
+    for tree, branches in zip(trees, branch_logps(model, trees), strict=True):
         for branch, logps in zip(tree.branches, branches, strict=True):
             torch.testing.assert_close(logps, plain_logps(model, tree.prompt, branch), atol=1e-5, rtol=1e-5)
 

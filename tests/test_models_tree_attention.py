@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def under_the_mask(decoder: Any, packed: Any) -> torch.Tensor:
     ).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("lay_out", [pack, lambda trees: pack_for_forward(trees)[0]])
+@pytest.mark.parametrize("lay_out", [pack, partial(pack, whole=True), lambda trees: pack_for_forward(trees)[0]])
 @pytest.mark.parametrize("trees", [TREES, TREES[1:2], TREES[2:3], TREES[::-1]])
 def test_hidden_states_and_gradients(trees: list[Tree], lay_out: Any) -> None:
     decoder, packed = tiny_llama().get_decoder(), lay_out(trees)
@@ -45,7 +46,7 @@ def test_hidden_states_and_gradients(trees: list[Tree], lay_out: Any) -> None:
 
 
 def test_rows_by_hand() -> None:
-    lay = layout(pack([Tree([5, 6], [[7], [8, 9]])]).spans)
+    lay = layout(pack([Tree([5, 6], [[7], [8, 9]])], whole=True).spans)
     assert lay.prompts.tolist() == [[0, 1]]
     assert lay.branches.tolist() == [[2, 2], [3, 4]]
     assert lay.keys.tolist() == [[0, 1, 2, 2], [0, 1, 3, 4]]
