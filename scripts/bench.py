@@ -205,15 +205,17 @@ def limit_seconds(case: Case, sizes: dict[str, int], flops: float, bandwidth: fl
     has to be read at the speed of its memory, whichever takes longer (docs/performance.md).
     """
     shared, sampled = case.prompts * case.prompt, case.rows * case.completion
-    pairs = case.prompts * case.prompt**2 / 2 + sampled * (case.prompt + case.completion / 2)
-    attention = 4 * pairs * sizes["attention"] * sizes["layers"]
+    pair = 4 * sizes["attention"] * sizes["layers"]  # operations of one token that looks at another
+    reading = pair * case.prompts * case.prompt**2 / 2
+    attention = reading + pair * sampled * (case.prompt + case.completion / 2)
     read = shared + sampled - case.rows  # a completion's last token predicts nothing
     body = (4 * sizes["body"] + 6 * sizes["lora"]) * read  # frozen weights need no gradient
     update = (body + 4 * sizes["head"] * sampled + 3 * attention) / flops
     weights = sizes["body"] + sizes["head"]
     cached = 2 * sizes["kv"] * sizes["layers"] * (shared + sampled / 2)
-    decode = max(2 * weights * case.rows / flops, 4 * (weights + cached) / bandwidth)
-    rollout = 2 * sizes["body"] * shared / flops + (case.completion - 1) * decode
+    computed = case.rows * (2 * weights + pair * (case.prompt + case.completion / 2))
+    decode = max(computed / flops, 4 * (weights + cached) / bandwidth)
+    rollout = (2 * sizes["body"] * shared + reading) / flops + (case.completion - 1) * decode
     return {"update": update, "rollout": rollout, "step": update + rollout}
 
 
