@@ -105,7 +105,8 @@ def _attend(
     """transformers' attention interface; returns (B, T, heads, d)."""
     if groups is None or not groups.decoding:
         if groups is not None and kwargs.get("position_bias") is None:
-            groups.states[module.layer_idx] = (key, value)
+            # A product of batches would copy the strided ones of several prompts at every step.
+            groups.states[module.layer_idx] = (key.contiguous(), value.contiguous())
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     prompt_keys, prompt_values = groups.states[module.layer_idx]
     shared = prompt_keys.shape[2]
