@@ -56,6 +56,7 @@ def test_page_is_written_whole_and_the_same_twice(run: Path, page: str) -> None:
     assert write_report(run).read_text(encoding="utf-8") == page
     assert [path.name for path in run.glob("report*")] == ["report.html"]
     assert page.rstrip().endswith("</html>")
+    assert "&amp;nbsp;" not in page
 
 
 def test_answers_cannot_break_out_of_the_page(page: str) -> None:
