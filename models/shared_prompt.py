@@ -28,7 +28,8 @@ from models.linear import linear
 from models.tree_attention import Span, tree_attention
 
 PROMPT = -1  # branch index of a prompt token
-ATTENTION = ("sdpa", "eager")  # implementations that take a mask of rows by columns
+FLEX = "flex_attention"
+ATTENTION = ("sdpa", "eager", FLEX)  # implementations that take a mask of rows by columns
 LAYERS = ("full_attention", "sliding_attention")
 
 
@@ -49,7 +50,8 @@ class Pack:
 
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (1, T) restart after the prompt for every branch
-    mask: Tensor  # (1, 1, T, T) bool, True where a row may attend to a column
+    tree_of: Tensor  # (T,) the tree of every row
+    branch_of: Tensor  # (T,) its branch, or PROMPT
     predictors: Tensor  # (N,) row whose hidden state predicts branch token n
     ends: Tensor  # (branches,) each branch's last row, the prompt's last where it has none
     targets: Tensor  # (N,) branch token ids
@@ -136,23 +138,14 @@ def _lay_out(
     return Pack(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
-        mask=_visible(tree_of, branch_of, device),
+        tree_of=torch.tensor(tree_of, device=device),
+        branch_of=torch.tensor(branch_of, device=device),
         predictors=torch.tensor(predictors, dtype=torch.long, device=device),
         ends=torch.tensor(ends, dtype=torch.long, device=device),
         targets=torch.tensor([t for tree in trees for branch in tree.branches for t in branch], device=device).long(),
         lengths=[[len(branch) for branch in tree.branches] for tree in trees],
         spans=spans,
     )
-
-
-def _visible(tree_of: list[int], branch_of: list[int], device: torch.device | str) -> Tensor:
-    """(1, 1, T, T) bool: a row sees its own tree's prompt and its own branch, up to itself."""
-    tree_T = torch.tensor(tree_of, device=device)
-    branch_T = torch.tensor(branch_of, device=device)
-    same_tree = tree_T[:, None] == tree_T[None, :]
-    visible = (branch_T[None, :] == PROMPT) | (branch_T[:, None] == branch_T[None, :])
-    causal = torch.ones(len(tree_of), len(tree_of), dtype=torch.bool, device=device).tril()
-    return (same_tree & visible & causal)[None, None]
 
 
 def fill(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -234,27 +227,49 @@ def structural_problem(decoder: Any) -> str | None:
     return None
 
 
-def attention_masks(packed: Pack, config: Any, dtype: torch.dtype, begun: int = 0) -> Tensor | dict[str, Tensor]:
+def attention_masks(packed: Pack, config: Any, dtype: torch.dtype, begun: int = 0) -> Any:
     """The mask of a pack as a decoder with this config takes it: one for all layers, or one for each type of layer.
 
-    Every row sees the `begun` tokens that stand before the pack, which only models without a window may have. A sliding
-    window counts positions, not rows: a branch's neighbours in the row may be far from it in its own text.
+    SDPA takes booleans, (1, 1, T, begun + T), eager attention numbers that it adds, FlexAttention a BlockMask, which
+    skips the blocks that nobody sees. Every row sees the `begun` tokens that stand before the pack, which only models
+    without a window may have.
     """
-    window: Any = getattr(config, "sliding_window", None)
-    masks = {"full_attention": pad(packed.mask, (begun, 0), value=True)}
-    if _windowed(packed, config):
-        distance = packed.position_ids[0, :, None] - packed.position_ids[0, None, :]
-        masks["sliding_attention"] = packed.mask & (distance < window)
-    else:
-        masks["sliding_attention"] = masks["full_attention"]
-    if config._attn_implementation == "eager":  # adds its mask to the scores; SDPA takes booleans
-        least = torch.finfo(dtype).min
-        masks = {k: torch.zeros_like(m, dtype=dtype).masked_fill_(~m, least) for k, m in masks.items()}
+    window = getattr(config, "sliding_window", None) if _windowed(packed, config) else None
+    full = _mask(packed, config._attn_implementation, dtype, begun)
+    sliding = full if window is None else _mask(packed, config._attn_implementation, dtype, begun, window)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return masks
+        return {"full_attention": full, "sliding_attention": sliding}
     # Without layer types, a window is that of every layer (Mistral, Phi-3).
-    every = getattr(config, "layer_types", None) is None and window is not None
-    return masks["sliding_attention" if every else "full_attention"]
+    return sliding if getattr(config, "layer_types", None) is None else full
+
+
+def _mask(packed: Pack, implementation: str, dtype: torch.dtype, begun: int, window: int | None = None) -> Any:
+    rows, place = len(packed.tree_of), packed.tree_of.device
+    if implementation == FLEX:
+        from torch.nn.attention.flex_attention import create_block_mask  # imports a compiler
+
+        def seen(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+            return (column < begun) | sees(packed, row, (column - begun).clamp(min=0), window)
+
+        return create_block_mask(seen, None, None, rows, begun + rows, device=place.type)
+    number_T = torch.arange(rows, device=place)
+    visible = pad(sees(packed, number_T[:, None], number_T, window)[None, None], (begun, 0), value=True)
+    if implementation != "eager":
+        return visible
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def sees(packed: Pack, row: Tensor, column: Tensor, window: int | None = None) -> Tensor:
+    """Whether a row attends to a column: to its own tree's prompt and its own branch, up to itself.
+
+    A sliding window counts positions, not rows: a branch's neighbours in the pack may be far from it in its own text.
+    """
+    branch = packed.branch_of[column]
+    own = (branch == PROMPT) | (branch == packed.branch_of[row])
+    visible = own & (packed.tree_of[row] == packed.tree_of[column]) & (column <= row)
+    if window is None:
+        return visible
+    return visible & (packed.position_ids[0, row] - packed.position_ids[0, column] < window)
 
 
 def _windowed(packed: Pack, config: Any) -> bool:

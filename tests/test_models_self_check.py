@@ -29,7 +29,7 @@ from models.self_check import (
     rollout_problem,
     sharing_problem,
 )
-from models.shared_prompt import branch_logps, pack, pack_for_forward, packed_hidden, plain_logps
+from models.shared_prompt import attention_masks, branch_logps, pack, pack_for_forward, packed_hidden, plain_logps
 from tests.conftest import tiny_llama
 
 SHAPE: dict[str, Any] = {
@@ -194,9 +194,8 @@ def test_the_layout_for_a_models_own_forward_predicts_one_token_a_row() -> None:
     assert packed.targets.tolist() == [t for tree in trees for branch in tree.branches for t in branch]
     with torch.no_grad():
         model = tiny_llama()
-        logits = model(input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.mask).logits[
-            0
-        ]
+        mask = attention_masks(packed, model.config, model.dtype)
+        logits = model(input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=mask).logits[0]
         ours = logits.log_softmax(-1)[packed.predictors].gather(1, packed.targets[:, None])[:, 0]
         plain = torch.cat([plain_logps(model, t.prompt, b) for t in trees for b in t.branches])
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)

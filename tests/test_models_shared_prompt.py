@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -18,6 +19,8 @@ from transformers import (
 
 from models.shared_prompt import Tree, branch_logps, fill, pack, packed_logps, token_logps
 from tests.conftest import SHAPE, tiny_llama
+
+SAME_BEGINNING = [Tree([*range(3, 25), n], [[30, 31], [40], [50, 51, 52]]) for n in (60, 61)]
 
 
 def some_trees(seed: int = 0, vocab: int = 101) -> list[Tree]:
@@ -103,6 +106,20 @@ def test_gradients_equal_plain_forward(lora: bool, temperature: float) -> None:
             assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm(), name
             checked += 1
     assert checked > 10
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Gemma3TextConfig], ids=["llama", "windows"])
+@pytest.mark.parametrize("trees", [some_trees(2), SAME_BEGINNING])
+def test_flex_attention_sees_what_sdpa_sees(config: type, trees: list[Tree]) -> None:
+    """Without gradients and as plain Python: torch has its kernel for CUDA alone. The mask is the same there."""
+    shape = {**SHAPE, "head_dim": 16, "sliding_window": 8} if config is Gemma3TextConfig else SHAPE
+    found = []
+    for attention in ("sdpa", "flex_attention"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config(**shape), attn_implementation=attention)
+        with torch.compiler.set_stance("force_eager"):
+            found.append(torch.cat([logps for branches in branch_logps(model, trees) for logps in branches]))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_branch_does_not_see_its_siblings() -> None:

@@ -214,8 +214,8 @@ class TrainConfig(_Section):
     )
     attention: str = Field(
         "sdpa",
-        description="transformers' attention implementation: sdpa, eager, or a kernel such as "
-        "kernels-community/vllm-flash-attn3, which needs CUDA and cannot share prompts in updates.",
+        description="transformers' attention implementation: sdpa, eager, or with CUDA flex_attention (shared prompts "
+        "under a block mask) or a kernel such as kernels-community/vllm-flash-attn3, which cannot share prompts.",
     )
     use_kernels: bool = Field(False, description="Layers from Hugging Face's kernels hub (Liger); needs CUDA.")
     vllm: Literal["off", "colocate", "server"] = Field(
@@ -313,7 +313,7 @@ def cuda_settings(train: TrainConfig) -> list[str]:
     """The settings, as key = value, that only a CUDA device can follow."""
     wanted = {
         "dtype": train.dtype == "bfloat16",
-        "attention": train.attention not in ("sdpa", "eager", "flex_attention"),
+        "attention": train.attention not in ("sdpa", "eager"),
         "use_kernels": train.use_kernels,
         "vllm": train.vllm != "off",
     }
