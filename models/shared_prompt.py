@@ -260,9 +260,10 @@ def _mask(packed: Pack, implementation: str, dtype: torch.dtype, begun: int, win
 
 
 def sees(packed: Pack, row: Tensor, column: Tensor, window: int | None = None) -> Tensor:
-    """Whether a row attends to a column: to its own tree's prompt and its own branch, up to itself.
+    """Whether a row attends to a column, both numbers of rows: to its tree's prompt and its branch, up to itself.
 
-    A sliding window counts positions, not rows: a branch's neighbours in the pack may be far from it in its own text.
+    Indices of shapes that broadcast to the result's, which is bool: (T, 1) and (T,) give the (T, T) mask. A sliding
+    window counts positions, not rows: a branch's neighbours in the pack may be far from it in its own text.
     """
     branch = packed.branch_of[column]
     own = (branch == PROMPT) | (branch == packed.branch_of[row])
