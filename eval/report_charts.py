@@ -15,6 +15,7 @@ import altair
 alt: Any = altair  # its generated signatures are narrower than what it takes
 
 ARM_COLOURS = ("#2f7fc1", "#e08a1e", "#1b9e8a", "#9a6dc8", "#c95d8b", "#7d8a2e")
+SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "triangle-right", "triangle-left")
 QUIET = "#8b929b"  # base, control, reference lines: readable on white and on near-black
 VERDICTS = {
     "improved": ("#2f7fc1", "triangle-up"),
@@ -22,6 +23,7 @@ VERDICTS = {
     "equivalent": ("#1b9e8a", "square"),
     "inconclusive": (QUIET, "circle"),
 }
+WHERE = "filled: domains never trained, hollow: trained domains"
 TRANSFER_SPAN = 20  # points at which the transfer table is deepest blue or orange
 Rows = Sequence[Mapping[str, Any]]
 
@@ -171,7 +173,10 @@ def _forest(tasks: Rows) -> Any:
 
 
 def honesty_chart(rows: Rows, colours: Mapping[str, str]) -> Any:
-    """Honesty as a pair: share answered against error rate when answering, with intervals. Bottom right is best."""
+    """Honesty as a pair: share answered against error rate when answering, with intervals. Bottom right is best.
+
+    An arm is a colour and a shape; hollow in the trained domain, filled where it was never trained.
+    """
     names = {"trained": "trained domain", "heldout": "domains never trained"}
     points = [
         {
@@ -189,12 +194,18 @@ def honesty_chart(rows: Rows, colours: Mapping[str, str]) -> Any:
         for row in rows
     ]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
+    colour = {"domain": arms, "range": [colours[arm] for arm in arms]}
+    shape = {"domain": arms, "range": [SHAPES[k % len(SHAPES)] for k in range(len(arms))]}
+    legend = alt.Legend(
+        orient="top", title=WHERE, titleLimit=600, titleFontWeight=400, columns=4, labelLimit=220, symbolOpacity=1
+    )
+    zero = alt.Scale(zero=False, nice=False, padding=16)
+    few = alt.Axis(tickCount=8)
+    titles = ("answerable questions answered, %", "wrong when answered, %")
+    x = alt.X("x:Q", scale=zero, axis=few, title=titles[0])
+    y = alt.Y("y:Q", scale=zero, axis=few, title=titles[1])
     base = alt.Chart(alt.Data(values=points)).encode(
-        color=alt.Color(
-            "arm:N",
-            scale=alt.Scale(domain=arms, range=[colours[arm] for arm in arms]),
-            legend=None,
-        ),
+        color=alt.Color("arm:N", scale=alt.Scale(**colour), legend=legend),
         tooltip=[
             alt.Tooltip("arm:N"),
             alt.Tooltip("domains:N", title="where"),
@@ -204,36 +215,26 @@ def honesty_chart(rows: Rows, colours: Mapping[str, str]) -> Any:
             alt.Tooltip("best:N", title="on the frontier"),
         ],
     )
-    zero = alt.Scale(zero=False, nice=False, padding=16)
-    few = alt.Axis(tickCount=8)
-    titles = ("answerable questions answered, %", "wrong when answered, %")
-    x = alt.X("x:Q", scale=zero, axis=few, title=titles[0])
-    y = alt.Y("y:Q", scale=zero, axis=few, title=titles[1])
-    shape = alt.Shape("domains:N", legend=alt.Legend(orient="top", title=None))
-    across = base.mark_rule(opacity=0.35).encode(
+    across = base.mark_rule(opacity=0.3).encode(
         x=alt.X("x_low:Q", scale=zero, axis=few, title=titles[0]), x2="x_high:Q", y=y
     )
-    along = base.mark_rule(opacity=0.35).encode(
+    along = base.mark_rule(opacity=0.3).encode(
         x=x, y=alt.Y("y_low:Q", scale=zero, axis=few, title=titles[1]), y2="y_high:Q"
     )
-    dot = base.mark_point(filled=True, size=110, opacity=1, cursor="pointer").encode(x=x, y=y, shape=shape)
+    dot = base.mark_point(filled=True, size=90, opacity=1, strokeWidth=2, cursor="pointer").encode(
+        x=x,
+        y=y,
+        shape=alt.Shape("arm:N", scale=alt.Scale(**shape), legend=legend),
+        stroke=alt.Stroke("arm:N", scale=alt.Scale(**colour), legend=None),
+        fillOpacity=alt.condition("datum.task === '@trained'", alt.value(0.0), alt.value(1.0)),
+    )
     # the staircase through the arms that no other arm beats in both
     frontier = (
         alt.Chart(alt.Data(values=[point for point in points if point["best"]]))
         .mark_line(interpolate="step-before", strokeDash=[4, 3], opacity=0.6, color=QUIET)
         .encode(x=x, y=y, detail="domains:N", order=alt.Order("x:Q"))
     )
-    known = [row["answered"] for row in rows if row["answered"]["rate"] is not None]
-    ends = [100 * share[end] for share in known for end in ("low", "high")]
-    middle = (min(ends) + max(ends)) / 2 if ends else 50.0
-    # names stand on the inner side, so that none is cut off
-    texts = [
-        base.transform_filter(f"datum.x {test} {middle}")
-        .mark_text(align=align, dx=dx, dy=-9, fontSize=12)
-        .encode(x=x, y=y, text="arm:N")
-        for test, align, dx in (("<", "left", 9), (">=", "right", -9))
-    ]
-    return alt.layer(frontier, across, along, dot, *texts).properties(width="container", height=330)
+    return alt.layer(frontier, across, along, dot).properties(width="container", height=330)
 
 
 def transfer_chart(cells: Rows) -> Any:

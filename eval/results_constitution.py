@@ -12,14 +12,13 @@ from typing import Any
 import altair
 
 from eval.markdown import SIGNIFICANT, details, percent, picture, table
-from eval.report_charts import QUIET, arm_colours
+from eval.report_charts import QUIET, SHAPES, arm_colours
 from eval.results import points
 from eval.wording import SIDES, listed, side
 
 alt: Any = altair  # its generated signatures are narrower than what it takes
 
 Row = Mapping[str, Any]
-SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 ABOUT = (
     "Every difference is trait RL minus one constitutional arm, paired by item and seed. In-distribution is the "
     "trained trait in its trained domains, transfer everything else of the generalisation suite (a task of which "

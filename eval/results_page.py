@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.frontier import rows_of
 from eval.markdown import SIGNIFICANT, details, percent, picture, table
-from eval.report_charts import colours_of, honesty_chart, transfer_chart
+from eval.report_charts import arm_colours, honesty_chart, transfer_chart
 from eval.results import points
 from eval.results_constitution import constitution_pictures, constitution_section
 from eval.results_persistence import persistence_pictures, persistence_section
@@ -24,17 +23,21 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: where it lies, its results.json, and the manifests of its stages by folder."""
+    """A finished run: where it lies, its results.json, and by folder what the page tells of each stage.
+
+    A stage has started, wall_seconds, cpu_seconds, git_commit and packages (name to version); what was not recorded
+    is null.
+    """
 
     place: str
     results: Row
-    manifests: Mapping[str, Row]
+    stages: Mapping[str, Row]
 
 
-def render(runs: Sequence[Run], images: Mapping[str, str], command: str) -> str:
-    """The whole page. images: picture -> path as the page links it; command: how the page was made."""
-    many = [run.results for run in runs]
-    cells, honesty = cells_of(many), rows_of(many)
+def render(runs: Sequence[Run], images: Mapping[str, str], numbers: Sequence[str], command: str) -> str:
+    """The whole page. images: picture -> path as the page links it; numbers: the file of each run, likewise;
+    command: how the page was made."""
+    cells = cells_of([run.results for run in runs])
     parts = [
         "# Results",
         f"Made by `{command}` from finished runs; every number is read from their files. Differences are arm minus "
@@ -42,18 +45,11 @@ def render(runs: Sequence[Run], images: Mapping[str, str], command: str) -> str:
         "Verdicts are by q (Benjamini-Hochberg), which knows how many comparisons were made: *improved* or *regressed* "
         "at q ≤ 0.05, *equivalent* within the margin, *inconclusive* otherwise, even where the interval of the one "
         "comparison leaves zero out.",
-        *(_run_head(run) for run in runs),
+        *(_run_head(run, path) for run, path in zip(runs, numbers, strict=True)),
     ]
     if cells:
         parts += ["## What carried over", picture(TRANSFER_SEEN, images.get("transfer")), markdown_table(cells)]
-    if honesty:
-        parts += [
-            "## Honesty as a pair",
-            FRONTIER_NOTE,
-            picture(FRONTIER_SEEN, images.get("frontier")),
-            _pairs(honesty),
-        ]
-    for run, label in zip(runs, _labels(runs), strict=True):
+    for run, label in zip(runs, labels(runs), strict=True):
         mine = {name.removeprefix(f"{label}-"): path for name, path in images.items() if name.startswith(f"{label}-")}
         parts += _run_body(run, mine)
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
@@ -69,30 +65,33 @@ FRONTIER_SEEN = (
 )
 FRONTIER_NOTE = (
     "Share of the answerable questions that were answered, and error rate among these answers (Wilson, 95%). "
-    "Refusing everything and inventing everything are the two ends; ★ marks the arms that no other one beats in both."
+    "Refusing everything and inventing everything are the two ends; ★ marks arms that no other arm of the run "
+    "beats in both."
 )
 
 
 def pictures(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """The page's pictures by name, as Vega-Lite on white."""
-    many = [run.results for run in runs]
-    cells, honesty = cells_of(many), rows_of(many)
-    charts: dict[str, Any] = {}
+    cells = cells_of([run.results for run in runs])
+    found: dict[str, dict[str, Any]] = {}
     if cells:
         columns = len({cell["column"] for cell in cells})
-        charts["transfer"] = transfer_chart(cells).properties(width=190 * columns)
-    if honesty:
-        colours = colours_of(list(dict.fromkeys(row["arm"] for row in honesty)))
-        charts["frontier"] = honesty_chart(honesty, colours).properties(width=620)
-    found = {name: chart.configure(background="white").to_dict() for name, chart in charts.items()}
-    for run, label in zip(runs, _labels(runs), strict=True):
-        more = {**constitution_pictures(run.results), **persistence_pictures(run.results)}
+        found["transfer"] = _on_white(transfer_chart(cells).properties(width=190 * columns))
+    for run, label in zip(runs, labels(runs), strict=True):
+        r = run.results
+        if r["honesty"]:
+            found[f"{label}-frontier"] = _on_white(honesty_chart(r["honesty"], arm_colours(r)).properties(width=620))
+        more = {**constitution_pictures(r), **persistence_pictures(r)}
         found |= {f"{label}-{name}": chart for name, chart in more.items()}
     return found
 
 
-def _labels(runs: Sequence[Run]) -> list[str]:
-    """What a run's own pictures are called by: its experiment, with a number where several runs have the same."""
+def _on_white(chart: Any) -> dict[str, Any]:
+    return chart.configure(background="white").to_dict()
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What a run's own files are called by: its experiment, with a number where several runs have the same."""
     names = [str(run.results["experiment"]) for run in runs]
     return [name if names.count(name) == 1 else f"{name}-{k}" for k, name in enumerate(names, 1)]
 
@@ -100,13 +99,13 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 # One run
 
 
-def _run_head(run: Run) -> str:
-    r, manifests = run.results, run.manifests
+def _run_head(run: Run, numbers: str) -> str:
+    r, stages = run.results, list(run.stages.values())
     doses = ", ".join(f"{arm['name']} ({_dose(arm)})" for arm in r["arms"] if arm["dose"] is not None)
-    started = sorted(str(m["started"]) for m in manifests.values() if m.get("started"))
-    packages = next((m["packages"] for m in reversed(list(manifests.values())) if m.get("packages")), {})
-    commits = sorted({str(m["git_commit"])[:12] for m in manifests.values() if m.get("git_commit")})
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers", "trl") if name in packages)
+    started = sorted(str(m["started"]) for m in stages if m["started"])
+    packages = next((m["packages"] for m in reversed(stages) if m["packages"]), {})
+    commits = sorted({str(m["git_commit"])[:12] for m in stages if m["git_commit"]})
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     lines = [
         ("command", f"`traitdose run {run.place}/config.yaml` (the resolved config of the run)"),
         ("base", f"`{r['model']}`"),
@@ -117,6 +116,7 @@ def _run_head(run: Run) -> str:
         ("machine", r["device"] + (f"; {versions}" if versions else "")),
         ("commit", ", ".join(commits) or "–"),
         ("hours, all stages", f"{r['wall_seconds'] / 3600:.2f}"),
+        ("numbers", f"[{numbers}]({numbers})"),
     ]
     return f"## Run {r['experiment']}\n\n" + table(("", ""), lines) + "\n\n" + details("Hours by stage", _hours(run))
 
@@ -128,13 +128,13 @@ def _dose(arm: Row) -> str:
 def _hours(run: Run) -> str:
     """Wall and CPU hours of every kind of stage, seeds together."""
     spent: dict[str, list[float]] = {}
-    for folder, manifest in run.manifests.items():
+    for folder, stage in run.stages.items():
         pieces = folder.split("/")
         name = "/".join(piece for piece in pieces if not piece.startswith("seed-"))
         sums = spent.setdefault(name, [0, 0.0, 0.0])
         sums[0] += 1
-        sums[1] += (manifest.get("wall_seconds") or 0.0) / 3600
-        sums[2] += (manifest.get("cpu_seconds") or 0.0) / 3600
+        sums[1] += (stage["wall_seconds"] or 0.0) / 3600
+        sums[2] += (stage["cpu_seconds"] or 0.0) / 3600
     rows = [(name, f"{n:g}", f"{wall:.2f}", f"{cpu:.2f}") for name, (n, wall, cpu) in spent.items()]
     return table(("stage", "runs of it", "hours", "CPU hours"), rows)
 
@@ -142,6 +142,9 @@ def _hours(run: Run) -> str:
 def _run_body(run: Run, images: Mapping[str, str]) -> list[str]:
     r = run.results
     parts = [f"## {r['experiment']} in numbers", _claims(r["claims"])]
+    if r["honesty"]:
+        seen = picture(FRONTIER_SEEN, images.get("frontier"))
+        parts += ["### Honesty as a pair", FRONTIER_NOTE, seen, _pairs(r["honesty"])]
     if r["capability"]:
         parts += ["### Capability", _capability(r["capability"]), _benchmarks(r["capability"])]
     if r["generalisation"]:

@@ -40,6 +40,10 @@ Served = Annotated[str, typer.Option(help="http://host:port/v1/MODEL, openai/MOD
 Settings = Annotated[list[str] | None, typer.Argument(help="How it is asked: key=value, such as max_concurrency=32.")]
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, for example runs/quickstart.")]
 TableOut = Annotated[Path, typer.Option(help="Folder for the tables and pictures.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", "-j", min=1, help="Stages made side by side. Default: one for each core; 1 with a GPU."),
+]
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/<name>")]
 
 
@@ -48,10 +52,7 @@ def run(
     config: Config,
     overrides: Overrides = None,
     out: Out = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", "-j", min=1, help="Stages made side by side. Default: one for each core; 1 with a GPU."),
-    ] = None,
+    jobs: Jobs = None,
     reuse: Annotated[
         Path | None, typer.Option(help="Another run folder: stages it has made from the same inputs are copied.")
     ] = None,
@@ -84,12 +85,13 @@ def persist(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to its persistence section: persistence.items=8.")
     ] = None,
+    jobs: Jobs = None,
 ) -> None:
     """Attack every arm of a finished run, or go on with it, and put what is left of the trait into its report."""
     with _clear_errors(shlex.join(["traitdose", "persist", str(run), *(overrides or [])])):
         from scripts.persist import persist
 
-        persist(run, overrides or [], Console())
+        persist(run, overrides or [], Console(), jobs)
 
 
 @app.command()
@@ -281,10 +283,12 @@ def crosseval(
 
 @app.command()
 def results(
-    runs: Runs,
-    out: Annotated[Path, typer.Option(help="Markdown file; pictures go into img/ beside it.")] = Path(
-        "docs/results.md"
-    ),
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders; or numbers of earlier runs, such as docs/results/transfer.json.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Markdown file; pictures go into img/ beside it, numbers into a folder of its name.")
+    ] = Path("docs/results.md"),
 ) -> None:
     """Write what finished runs found as one Markdown page with pictures."""
     with _clear_errors():

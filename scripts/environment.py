@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
-from scripts.experiment import is_hub_id
+from scripts.experiment import Experiment, is_hub_id
+from scripts.processes import count
 
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -26,3 +28,19 @@ def be_quiet(base: str) -> None:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     warnings.filterwarnings("ignore")
+
+
+def set_environment(experiment: Experiment, run_dir: Path) -> None:
+    """Environment variables of a run, for the libraries that will be imported."""
+    be_quiet(experiment.base)
+    tracking = {
+        "WANDB_DIR": str(run_dir.resolve()),
+        "WANDB_SILENT": "true",
+        "WANDB_CONSOLE": "off",
+        "WANDB_ERROR_REPORTING": "false",
+    }
+    for key, value in tracking.items():
+        os.environ.setdefault(key, value)
+    if count() == 1:  # one process uses one GPU; a launcher starts one process for each
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["WANDB_PROJECT"] = experiment.tracking.project

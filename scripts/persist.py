@@ -7,9 +7,7 @@ attack loses at most the condition that it was in.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,32 +20,21 @@ from eval.item_forms import ITEMS
 from rewards.probes import BANK
 from scripts.arms import BASE, Arm, find_arm
 from scripts.constitution import system_prompt
+from scripts.environment import set_environment
 from scripts.evals import evaluation_texts, find_hits
 from scripts.experiment import CHECKOUT, Experiment, find_file, load_experiment
+from scripts.make_stages import default_jobs, make_stages, whole_stages
 from scripts.persist_work import generation, ladder, make_items, prompts, targets_of
-from scripts.run import make_bars, make_report, set_environment
-from scripts.stages import MANIFEST, Bars, hash_files, is_whole, lock_run, run_stage, write_text
+from scripts.run import make_report
+from scripts.stages import Bars, Stage, hash_files, lock_run, run_stage, write_text
 
 CONTROL = "control"
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One attack on one arm and seed: its folder below the run, what it is made from, and the work."""
+def persist(run_dir: Path, overrides: Sequence[str], console: Console, jobs: int | None) -> dict[str, Any]:
+    """Attack a run's arms, or go on with it, and return the run's results.
 
-    attack: str  # prompts, generation, harmful-<method>, recovery-<method>
-    arm: Arm
-    inputs: dict[str, Any]
-    work: Callable[[Path, Bars], None]
-
-    @property
-    def name(self) -> str:
-        """The folder below the run."""
-        return f"persistence/{self.attack}/{self.arm.name}/seed-{self.arm.seed}"
-
-
-def persist(run_dir: Path, overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Attack a run's arms, or go on with it; returns the run's results.
+    Up to `jobs` stages are made side by side (None: default_jobs()).
 
     Raises ValueError for a folder that is no run, arms that are not finished, keys that are not persistence's, and
     training data that occurs in the evaluation.
@@ -57,20 +44,20 @@ def persist(run_dir: Path, overrides: Sequence[str], console: Console) -> dict[s
     from eval.persistence import only_probes
     from scripts.persist_plan import print_plan
 
+    jobs = default_jobs() if jobs is None else jobs
     targets = targets_of(experiment)
     if set(experiment.persistence.attacks) - {"prompts"}:
         only_probes(targets)  # told now, not after an hour
     with lock_run(run_dir):
-        attempts = list_attempts(experiment, run_dir)
-        whole = whole_attempts(attempts, run_dir)
-        print_plan(experiment, targets, attempts, whole, console)
-        if len(whole) < len(attempts) and "harmful" in experiment.persistence.attacks:
+        stages = list_attacks(experiment, run_dir)
+        whole = whole_stages(stages, run_dir)
+        print_plan(experiment, targets, stages, whole, jobs, console)
+        if len(whole) < len(stages) and "harmful" in experiment.persistence.attacks:
             check_examples(experiment, run_dir)
         (run_dir / "persistence").mkdir(exist_ok=True)
         section = yaml.safe_dump(experiment.persistence.model_dump(mode="json"), sort_keys=False)
         write_text(run_dir / "persistence" / "config.yaml", section)
-        for attempt in attempts:
-            _make(attempt, run_dir, console)
+        make_stages(stages, experiment, run_dir, console, jobs)
         return make_report(run_dir, console)
 
 
@@ -93,37 +80,41 @@ def load_run(run_dir: Path, overrides: Sequence[str]) -> Experiment:
     return experiment
 
 
-def list_attempts(experiment: Experiment, run_dir: Path) -> list[Attempt]:
-    """Every attack on every arm and seed, in the order in which they are made; nothing is loaded.
+def list_attacks(experiment: Experiment, run_dir: Path) -> list[Stage]:
+    """Every attack on every arm and seed, persistence/<attack>/<arm>/seed-<s>, in order; nothing is loaded.
 
     The order goes seed by seed, so that a run that is stopped early has whole comparisons of the first seeds.
     """
     cfg = experiment.persistence
     choose_attacks(cfg.prompts)
-    attempts: list[Attempt] = []
+    stages: list[Stage] = []
+
+    def add(attack: str, arm: Arm, of: dict[str, Any], work: Callable[[Path, Bars], None], *needs: str) -> str:
+        name = f"persistence/{attack}/{arm.name}/seed-{arm.seed}"
+        inputs = {**_shared_inputs(experiment, arm), **of}
+        stages.append(Stage(name, partial(make_items, arm, work), inputs, needs))
+        return name
+
     for seed in experiment.seeds:
         for name in arm_names(experiment):
             if name == BASE and seed != experiment.seeds[0]:
                 continue  # one start model
             arm = find_arm(run_dir, name, seed, system_prompt(experiment, name))
-            shared = _shared_inputs(experiment, arm)
             if "prompts" in cfg.attacks:
-                inputs = {**shared, "prompts": cfg.prompts, "texts": hash_files(ATTACKS)}
-                attempts.append(Attempt("prompts", arm, inputs, partial(prompts, experiment, arm)))
+                of = {"prompts": cfg.prompts, "texts": hash_files(ATTACKS)}
+                add("prompts", arm, of, partial(prompts, experiment, arm))
             for method in cfg.finetune.methods if "harmful" in cfg.attacks else ():
                 steps = cfg.finetune.model_dump(mode="json", exclude={"methods", "floor", "recovered"})
-                inputs = {**shared, "ladder": steps, "domains": list(experiment.reward.domains)}
-                inputs["keeps_weights"] = "recovery" in cfg.attacks
-                harm = Attempt(f"harmful-{method}", arm, inputs, partial(ladder, experiment, arm, method, None))
-                attempts.append(harm)
-                if "recovery" in cfg.attacks:
-                    inputs = {**inputs, "recovers": method}
-                    work = partial(ladder, experiment, arm, method, run_dir / harm.name)
-                    attempts.append(Attempt(f"recovery-{method}", arm, inputs, work))
+                keeps = "recovery" in cfg.attacks
+                of = {"ladder": steps, "domains": list(experiment.reward.domains), "keeps_weights": keeps}
+                harm = add(f"harmful-{method}", arm, of, partial(ladder, experiment, arm, method, None))
+                if keeps:
+                    work = partial(ladder, experiment, arm, method, run_dir / harm)
+                    add(f"recovery-{method}", arm, of, work, harm)
             if "generation" in cfg.attacks:
-                inputs = {**shared, "generation": cfg.generation.model_dump(mode="json")}
-                attempts.append(Attempt("generation", arm, inputs, partial(generation, experiment, arm)))
-    return attempts
+                of = {"generation": cfg.generation.model_dump(mode="json")}
+                add("generation", arm, of, partial(generation, experiment, arm))
+    return stages
 
 
 def arm_names(experiment: Experiment) -> list[str]:
@@ -134,11 +125,6 @@ def arm_names(experiment: Experiment) -> list[str]:
             known = ", ".join((*experiment.arms, BASE))
             raise ValueError(f"persistence.arms = {name!r}: the run has no such arm; there are: {known}")
     return list(dict.fromkeys((CONTROL, *chosen)))
-
-
-def whole_attempts(attempts: Sequence[Attempt], run_dir: Path) -> list[Attempt]:
-    """Those that would be skipped."""
-    return [attempt for attempt in attempts if is_whole(run_dir / attempt.name, _inputs(attempt, run_dir))]
 
 
 def check_examples(experiment: Experiment, run_dir: Path) -> None:
@@ -175,27 +161,6 @@ def _check_examples(experiment: Experiment, out: Path) -> None:
             "the family out of train/bad_data.py, or the item out of the suite"
         )
     write_text(out / "hits.json", "[]\n")
-
-
-def _make(attempt: Attempt, run_dir: Path, console: Console) -> None:
-    with make_bars(console) as bars_of, bars_of(attempt.name) as bars:
-        manifest = run_stage(
-            run_dir / attempt.name,
-            _inputs(attempt, run_dir),
-            lambda out: make_items(attempt.arm, attempt.work, out, bars),
-            name=attempt.name,
-        )
-    gc.collect()
-    took = "already whole" if manifest.skipped else f"{manifest.wall_seconds:.0f} s"
-    console.print(f"[green]✓[/] {attempt.name:<48} [dim]{took}[/]", highlight=False)
-
-
-def _inputs(attempt: Attempt, run_dir: Path) -> dict[str, Any]:
-    """The attempt's inputs; a recovery is also made from the harm that came before it."""
-    if not attempt.attack.startswith("recovery-"):
-        return attempt.inputs
-    harm = run_dir / attempt.name.replace("persistence/recovery-", "persistence/harmful-", 1) / MANIFEST
-    return {**attempt.inputs, "harm": hash_files(harm) if harm.exists() else "absent"}
 
 
 def _shared_inputs(experiment: Experiment, arm: Arm) -> dict[str, Any]:

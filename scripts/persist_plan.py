@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -19,16 +18,15 @@ from scripts.plan import (
     LEARN,
     LOAD_SECONDS,
     SAMPLE,
+    SIDE_BY_SIDE,
     duration,
     item_tokens,
     matrix_rate,
     model_size,
     text_tokens,
 )
+from scripts.stages import Stage
 from train.persistence_config import PersistenceConfig
-
-if TYPE_CHECKING:
-    from scripts.persist import Attempt
 
 
 def plan_attacks(cfg: PersistenceConfig, targets: Sequence[Target], parameters: float, peak: float) -> dict[str, float]:
@@ -65,32 +63,35 @@ def plan_attacks(cfg: PersistenceConfig, targets: Sequence[Target], parameters: 
 def print_plan(
     experiment: Experiment,
     targets: Sequence[Target],
-    attempts: Sequence[Attempt],
-    whole: Sequence[Attempt],
+    stages: Sequence[Stage],
+    whole: set[str],
+    jobs: int,
     console: Console,
 ) -> None:
     """A table of the attacks with their times, and the time left."""
     size, peak = model_size(experiment.base), matrix_rate()
     cost = plan_attacks(experiment.persistence, targets, size.parameters if size else 0.0, peak)
-    done = {attempt.name for attempt in whole}
+    made = [stage.name.split("/") for stage in stages]  # persistence/<attack>/<arm>/seed-<s>
     table = Table(title=f"Attacks on {experiment.name}", title_justify="left", title_style="bold", box=SIMPLE)
     for head in ("attack", "stages", "whole", "about, each"):
         table.add_column(head, justify="left" if head == "attack" else "right", no_wrap=True)
     left = 0.0
-    for attack in dict.fromkeys(attempt.attack for attempt in attempts):
-        mine = [attempt for attempt in attempts if attempt.attack == attack]
+    for attack in dict.fromkeys(name[1] for name in made):
+        mine = [stage.name for stage in stages if stage.name.split("/")[1] == attack]
         each = cost[attack.split("-")[0]]
-        finished = sum(attempt.name in done for attempt in mine)
+        finished = len(whole.intersection(mine))
         left += each * (len(mine) - finished)
         table.add_row(attack, str(len(mine)), str(finished), duration(each) if size else "?")
     console.print(table)
-    arms = dict.fromkeys(attempt.arm.name for attempt in attempts)
-    seeds = dict.fromkeys(attempt.arm.seed for attempt in attempts)
-    console.print(f"arms {', '.join(arms)}; seeds {', '.join(map(str, seeds))}", highlight=False)
+    arms, seeds = dict.fromkeys(name[2] for name in made), dict.fromkeys(name[3] for name in made)
+    told = ", ".join(seed.removeprefix("seed-") for seed in seeds)
+    console.print(f"arms {', '.join(arms)}; seeds {told}", highlight=False)
     if size:
-        kept = sum(attempt.attack == "harmful-full" for attempt in attempts) * 4 * size.parameters
+        left /= SIDE_BY_SIDE if jobs > 1 else 1
+        kept = sum(name[1] == "harmful-full" for name in made) * 4 * size.parameters
         disk = f"; the fully tuned weights take {kept / GB:.1f} GB" if kept else ""
         console.print(
-            f"time left: [bold]about {duration(left)}[/] on a CPU that multiplies at {peak / 1e9:.0f} GFLOP/s{disk}\n",
+            f"time left: [bold]about {duration(left)}[/], {jobs} side by side, on a CPU that multiplies at "
+            f"{peak / 1e9:.0f} GFLOP/s{disk}\n",
             highlight=False,
         )

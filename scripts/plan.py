@@ -34,8 +34,9 @@ from rewards.preferences import Messages, Preference
 from rewards.probes import Probe
 from rewards.trait_prompts import source_shares
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
+from scripts.make_stages import default_jobs
 from scripts.plan_constitution import READING, fine_tuned_models, part_flops, part_rows
-from scripts.run import default_jobs, list_stages, whole_stages
+from scripts.run import list_stages, whole_stages
 from scripts.tracking import has_wandb_key
 from scripts.workers import usable_cores
 from train.config import cuda_settings

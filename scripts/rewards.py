@@ -34,7 +34,8 @@ def fit_command(
     from rewards.preferences import load_preferences
     from rewards.probes import BANK as PROBE_BANK
     from rewards.scenarios import BANK as SCENARIO_BANK
-    from scripts.run import fingerprint, make_bars
+    from scripts.make_stages import make_bars
+    from scripts.run import fingerprint
     from scripts.stages import hash_files, run_stage
 
     if trait not in (ALL, *trait_names()):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +17,6 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from eval.config import SuiteName
@@ -33,25 +29,21 @@ from rewards.scenarios import BANK as SCENARIOS
 from rewards.trait_prompts import source_files, source_shares
 from scripts.arms import find_arm, load_arm
 from scripts.constitution import constitution_parts, system_prompt
-from scripts.environment import be_quiet
+from scripts.environment import set_environment
 from scripts.evals import check_run
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
-from scripts.processes import agree, alone, count, is_main, join, leave
+from scripts.make_stages import adopt_stages, default_jobs, make_stages, no_bars, whole_stages
+from scripts.processes import agree, is_main, join, leave
 from scripts.stages import (
-    MANIFEST,
     SETTINGS_ONLY,
     Bars,
-    Callback,
+    Manifest,
     Stage,
-    adopt_stage,
     hash_files,
-    is_whole,
     lock_run,
-    run_stage,
     write_text,
 )
 from scripts.tracking import run_name, tracked, tracking_mode
-from scripts.workers import Workers, in_order, usable_cores
 from train.config import TrainConfig, cuda_settings
 
 ITEM_COLUMNS = (
@@ -110,25 +102,6 @@ def list_stages(experiment: Experiment, run_dir: Path) -> list[Stage]:
     return stages
 
 
-def whole_stages(stages: list[Stage], run_dir: Path) -> set[str]:
-    """Names of the stages that a run would skip: whole, from the same inputs, and so is all that they need."""
-    whole: set[str] = set()
-    for stage in stages:
-        if whole.issuperset(stage.needs) and is_whole(run_dir / stage.name, stage_inputs(stage, run_dir)):
-            whole.add(stage.name)
-    return whole
-
-
-def adopt_stages(stages: list[Stage], run_dir: Path, other: Path) -> list[str]:
-    """Copy the stages that another run has made from the same inputs; returns their names.
-
-    Raises ValueError for a folder that is no run, and for a full disk.
-    """
-    if not (other / "config.yaml").is_file():
-        raise ValueError(f"--reuse {other}: no run folder (it has no config.yaml); give one that `traitdose run` made")
-    return [s.name for s in stages if adopt_stage(run_dir / s.name, other / s.name, stage_inputs(s, run_dir))]
-
-
 def run_experiment(
     experiment: Experiment, run_dir: Path, console: Console, jobs: int | None = None, reuse: Path | None = None
 ) -> dict[str, Any]:
@@ -155,8 +128,9 @@ def run_experiment(
             check_run(experiment, run_dir)
         resolved = yaml.safe_dump(_plain(experiment), sort_keys=False, allow_unicode=True, width=120)
         write_text(run_dir / "config.yaml", resolved)
+        tell = partial(_tell, experiment, run_dir, console)
         try:
-            _make_all(stages, experiment, run_dir, console, default_jobs() if jobs is None else jobs)
+            make_stages(stages, experiment, run_dir, console, default_jobs() if jobs is None else jobs, tell)
             agree(None)  # the others may go
             leave()
             return make_report(run_dir, console)
@@ -171,7 +145,7 @@ def follow(experiment: Experiment, run_dir: Path) -> None:
     stages = {stage.name: stage for stage in list_stages(experiment, run_dir)}
     while (call := agree(None)) is not None:
         name, out = call
-        stages[name].work(out, _no_bars)
+        stages[name].work(out, no_bars)
         gc.collect()
     leave()
 
@@ -206,22 +180,6 @@ def make_report(run_dir: Path, console: Console) -> dict[str, Any]:
     console.print(summary_table(results))
     console.print(f"results  {results_path}\nreport   {report_path}", soft_wrap=True, highlight=False)
     return results
-
-
-def set_environment(experiment: Experiment, run_dir: Path) -> None:
-    """Environment variables of a run, for the libraries that will be imported."""
-    be_quiet(experiment.base)
-    tracking = {
-        "WANDB_DIR": str(run_dir.resolve()),
-        "WANDB_SILENT": "true",
-        "WANDB_CONSOLE": "off",
-        "WANDB_ERROR_REPORTING": "false",
-    }
-    for key, value in tracking.items():
-        os.environ.setdefault(key, value)
-    if count() == 1:  # one process uses one GPU; a launcher starts one process for each
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    os.environ["WANDB_PROJECT"] = experiment.tracking.project
 
 
 def fingerprint(base: str) -> dict[str, Any]:
@@ -264,69 +222,8 @@ def _check_suites(experiment: Experiment) -> None:
         load(find_file(suite.file))
 
 
-def default_jobs() -> int:
-    """Stages that are made side by side: one for each core, or one if there is a GPU or processes train together."""
-    import torch
-
-    return 1 if torch.cuda.is_available() or count() > 1 else usable_cores()
-
-
-def _make_all(stages: list[Stage], experiment: Experiment, run_dir: Path, console: Console, jobs: int) -> None:
-    """What all arms share, one stage after the other; then the arms' own stages, up to `jobs` side by side."""
-    own = [stage for stage in stages if stage.name.startswith("arms/")] if jobs > 1 else []
-    with make_bars(console) as bars_of:
-        for stage in stages:
-            if stage not in own:
-                _make(stage, experiment, run_dir, console, bars_of)
-        if own:
-            workers = Workers(jobs, threads=max(1, usable_cores() // jobs))
-            make = partial(
-                _make, experiment=experiment, run_dir=run_dir, console=console, bars_of=bars_of, workers=workers
-            )
-            in_order(own, jobs, make, workers.kill)
-            workers.close()
-
-
-def _work(experiment: Experiment, run_dir: Path, name: str, out: Path, bars: Bars) -> Mapping[str, Any] | None:
-    """One stage's work, in a process of its own."""
-    set_environment(experiment, run_dir)
-    stage = next(stage for stage in list_stages(experiment, run_dir) if stage.name == name)
-    try:
-        return stage.work(out, bars)
-    finally:
-        gc.collect()
-
-
-def _work_alone(experiment: Experiment, run_dir: Path, name: str, out: Path) -> Mapping[str, Any] | None:
-    """_work in a process that the launcher does not know."""
-    with make_bars(Console()) as bars_of, bars_of(name) as bars:
-        return _work(experiment, run_dir, name, out, bars)
-
-
-def _make(
-    stage: Stage,
-    experiment: Experiment,
-    run_dir: Path,
-    console: Console,
-    bars_of: Callable[[str], AbstractContextManager[Bars]],
-    workers: Workers | None = None,
-) -> None:
-    apart = count() > 1 and not stage.together  # then its process draws its bars
-    with nullcontext(_no_bars) if apart else bars_of(stage.name) as bars:
-
-        def work(out: Path) -> Mapping[str, Any] | None:
-            if apart:
-                return alone(_work_alone, experiment, run_dir, stage.name, out)
-            if workers is not None:
-                return workers.call(stage.name, bars, _work, experiment, run_dir, stage.name, out)
-            agree((stage.name, out))
-            return stage.work(out, bars)
-
-        clock = time.process_time if workers is None else partial(workers.cpu_seconds, stage.name)
-        manifest = run_stage(run_dir / stage.name, stage_inputs(stage, run_dir), work, stage.name, clock)
-    gc.collect()
-    took = "already whole" if manifest.skipped else _duration(manifest.wall_seconds)
-    console.print(f"[green]✓[/] {stage.name:<32} [dim]{took}[/]", highlight=False)
+def _tell(experiment: Experiment, run_dir: Path, console: Console, stage: Stage, manifest: Manifest) -> None:
+    """What a user should know of a stage once it is whole; a ValueError for a reward too poor to train on."""
     _print_alerts(manifest.ledger or {}, console)
     if stage.name == "reward":
         _check_rewards(run_dir / "reward", experiment.reward, console)
@@ -392,55 +289,6 @@ def _check_accuracy(path: Path, minimum: float, console: Console) -> None:
             f"reward.min_accuracy = {minimum}: the reward model got {accuracy} in held-out families ({path}); raise "
             "reward.probes or reward.epochs, or lower the bar if you want to train on it all the same"
         )
-
-
-@contextmanager
-def make_bars(console: Console) -> Iterator[Callable[[str], AbstractContextManager[Bars]]]:
-    """Gives bars_of(name): a stage's progress with the time left, a bar on a terminal and a line a minute elsewhere."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-
-        @contextmanager
-        def bars_of(name: str) -> Iterator[Bars]:
-            task = progress.add_task(name, total=None)
-
-            def bars(label: str) -> Callback:
-                progress.reset(task, total=None, description=f"{name} {label}".strip())
-                told = time.monotonic()
-
-                def report(done: int, total: int) -> None:
-                    nonlocal told
-                    progress.update(task, completed=done, total=total)
-                    if not console.is_terminal and time.monotonic() - told > 60:
-                        told = time.monotonic()
-                        console.print(f"  {name} {label}: {done} of {total}", highlight=False)
-
-                return report
-
-            try:
-                yield bars
-            finally:
-                progress.remove_task(task)
-
-        yield bars_of
-
-
-def _no_bars(label: str) -> Callback:
-    return lambda done, total: None
-
-
-def stage_inputs(stage: Stage, run_dir: Path) -> dict[str, Any]:
-    """The stage's inputs with the manifests of the stages that it needs ("absent" while there is none)."""
-    manifests = {need: run_dir / need / MANIFEST for need in stage.needs}
-    needs = {n: hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "absent" for n, p in manifests.items()}
-    return {**stage.inputs, "needs": needs}
 
 
 def _plain(section: BaseModel) -> dict[str, Any]:
@@ -526,8 +374,3 @@ def _eval(experiment: Experiment, run_dir: Path, arm: str, seed: int, out: Path,
     for path in todo.values():
         path.unlink()
     shutil.rmtree(out / "kept", ignore_errors=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

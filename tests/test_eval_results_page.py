@@ -36,7 +36,7 @@ def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     done = CliRunner().invoke(app, ["results", str(run), "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in (out.parent / "img").iterdir()) == [
-        "results-frontier.svg", "results-transfer.svg",
+        "results-synthetic-frontier.svg", "results-transfer.svg",
     ]  # fmt: skip
     for picture in (out.parent / "img").iterdir():
         assert "<svg" in picture.read_text()
@@ -77,7 +77,7 @@ def test_it_is_sound_markdown(page: str) -> None:
     assert page.count("<details>") == page.count("</details>")
     assert re.findall(r"^!\[[^]]{60,}\]\(img/(.*)\)$", page, re.MULTILINE) == [
         "results-transfer.svg",
-        "results-frontier.svg",
+        "results-synthetic-frontier.svg",
     ]
     assert "nan" not in page.lower().replace("constitution", "").split()
 
@@ -100,11 +100,11 @@ def test_a_table_keeps_its_columns() -> None:
 def test_two_runs_share_one_transfer_table(run: Path) -> None:
     one = read_run(run)
     two = replace(one, place="runs/other", results={**one.results, "experiment": "other"})
-    page = render([one, two], {}, "traitdose results")
+    page = render([one, two], {}, ["one.json", "two.json"], "traitdose results")
     assert page.count("## Run ") == 2
     header = next(line for line in page.splitlines() if line.startswith("| evaluated |"))
     assert header.count("dose 5% (synthetic)") == header.count("dose 5% (other)") == 1
-    assert "| other/dose-25" in page
+    assert page.count("### Honesty as a pair") == 2
     assert "![" not in page
 
 
@@ -116,3 +116,32 @@ def test_what_is_no_finished_run_is_named(run: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["results", str(tmp_path), "--out", str(tmp_path / "r.md")])
     assert done.exit_code == 2
     assert "traitdose report" in done.output
+
+
+def test_the_page_can_be_made_again_from_its_numbers(run: Path, page: str, tmp_path: Path) -> None:
+    """The kept numbers stand for the run folder: the same page and pictures, but for the command that made it."""
+    first, again = tmp_path / "first" / "results.md", tmp_path / "again" / "results.md"
+    done = CliRunner().invoke(app, ["results", str(run), "--out", str(first)])
+    assert done.exit_code == 0, done.output
+    assert first.read_text().replace(str(first), "") == page.replace(page.split("--out ")[1].split("`")[0], "")
+    numbers = first.parent / "results" / "synthetic.json"
+    done = CliRunner().invoke(app, ["results", str(numbers), "--out", str(again)])
+    assert done.exit_code == 0, done.output
+    files = [file.relative_to(first.parent) for file in first.parent.rglob("*") if file.is_file()]
+    assert len(files) == 4
+    for file in files:
+        old, new = ((folder.parent / file).read_text() for folder in (first, again))
+        old, new = (re.sub(r"gradient_\d+", "", text) for text in (old, new))  # counted through a process
+        if file.suffix == ".md":
+            old, new = (text.split("from finished runs", 1)[1] for text in (old, new))
+        assert old == new
+    assert f"({numbers.parent.name}/{numbers.name})" in again.read_text()
+
+
+def test_a_file_that_has_no_numbers_is_named(tmp_path: Path) -> None:
+    for content in ("{}", "no json", json.dumps({"place": "runs/a", "results": {"schema_version": 1}, "stages": {}})):
+        (tmp_path / "a.json").write_text(content)
+        done = CliRunner().invoke(app, ["results", str(tmp_path / "a.json"), "--out", str(tmp_path / "r.md")])
+        assert done.exit_code == 2
+        assert "a.json" in done.output
+        assert "wrote beside its page" in " ".join(done.output.split())

@@ -88,7 +88,7 @@ def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     drawn = {path.name for path in (out.parent / "img").iterdir()}
     names = ["constitution-dose-05", "constitution-dose-25", "persistence-attacks", "persistence-steps-lora"]
     names = [f"results-synthetic-{name}.svg" for name in [*names, "persistence-sampling"]]
-    assert drawn == {"results-frontier.svg", "results-transfer.svg", *names}
+    assert drawn == {"results-synthetic-frontier.svg", "results-transfer.svg", *names}
     assert re.findall(r"^!\[[^]]{60,}\]\(img/(.*)\)$", text, re.MULTILINE)[2:] == names
     for name in names:  # drawn to the end: an empty plot would name no arm
         assert "c-sl" in (out.parent / "img" / name).read_text()
@@ -291,7 +291,8 @@ def test_runs_of_one_name_keep_their_pictures_apart(run: Path) -> None:
     one = read_run(run)
     two = replace(one, place="runs/other")
     drawn = pictures([one, two])
-    page = render([one, two], {name: f"img/{name}.svg" for name in drawn}, "traitdose results")
+    files = ["one.json", "two.json"]
+    page = render([one, two], {name: f"img/{name}.svg" for name in drawn}, files, "traitdose results")
     shown = re.findall(r"\(img/(.*)\.svg\)", page)
     assert sorted(shown) == sorted(drawn)
-    assert len(set(shown)) == len(shown) == 2 + 2 * 5
+    assert len(set(shown)) == len(shown) == 1 + 2 * 6

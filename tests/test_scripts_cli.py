@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 from models.embedded import gguf_path
 from scripts import experiment as experiments
-from scripts import run as runs
 from scripts.cli import app
 from scripts.doctor import found_keys, hub_reachable, version_differences
 from scripts.experiment import load_experiment
+from scripts.make_stages import stage_inputs, whole_stages
 from scripts.plan import gguf_size, model_size, plan_arm
-from scripts.run import list_stages, whole_stages
+from scripts.run import list_stages
 from scripts.stages import run_stage
 
 QUICKSTART = experiments.CHECKOUT / "configs" / "experiments" / "quickstart.yaml"
@@ -169,7 +169,7 @@ def test_online_tracking_without_a_key_is_told_before_anything_runs(config, tmp_
 def test_what_a_changed_key_does_over(config, tmp_path):
     def make_all(experiment) -> None:
         for stage in list_stages(experiment, tmp_path / "out"):
-            run_stage(tmp_path / "out" / stage.name, runs.stage_inputs(stage, tmp_path / "out"), lambda out: None)
+            run_stage(tmp_path / "out" / stage.name, stage_inputs(stage, tmp_path / "out"), lambda out: None)
 
     def stale(*overrides: str) -> set[str]:
         stages = list_stages(load_experiment(config, overrides), tmp_path / "out")
@@ -192,7 +192,7 @@ def test_what_a_changed_key_does_over(config, tmp_path):
 def test_persistence_can_reuse_the_trained_arms_of_constitution(tmp_path):
     def trained(name: str) -> dict[str, dict[str, object]]:
         stages = list_stages(load_experiment(QUICKSTART.with_name(f"{name}.yaml")), tmp_path)
-        return {stage.name: runs.stage_inputs(stage, tmp_path) for stage in stages if not stage.name.endswith("/eval")}
+        return {stage.name: stage_inputs(stage, tmp_path) for stage in stages if not stage.name.endswith("/eval")}
 
     wanted, made = trained("persistence"), trained("constitution")
     assert len(wanted) == 8  # start, reward, and two arms with three seeds

@@ -21,6 +21,7 @@ from scripts import persist as persisting
 from scripts.arms import find_arm, load_arm
 from scripts.cli import app
 from scripts.experiment import CHECKOUT
+from scripts.make_stages import whole_stages
 from scripts.persist_plan import plan_attacks
 from scripts.plan import EXAMPLE_TOKENS, FORWARD, LEARN, LOAD_SECONDS, SAMPLE, item_tokens, text_tokens
 from scripts.stages import run_stage
@@ -87,7 +88,7 @@ def test_a_run_is_attacked_and_goes_on_where_it_was(run: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     monkeypatch.setattr(persisting, "generation", stop)
-    output = invoke(*words, code=130)
+    output = invoke(*words, "--jobs", "1", code=130)
     assert "time left: about" in output
     assert "Go on with: traitdose persist" in output
     monkeypatch.undo()
@@ -96,17 +97,17 @@ def test_a_run_is_attacked_and_goes_on_where_it_was(run: Path, monkeypatch: pyte
     assert {str(path) for path in made} == {f"{a}/control/seed-0" for a in ("prompts", "harmful-lora", "recovery-lora")}
     assert (folder / "generation" / "control" / "seed-0.partial").is_dir()
 
-    output = invoke(*words)
+    output = invoke(*words, "--jobs", "2")
     assert str(run / "report.html") in output.replace("\n", "")
     for path, when in made.items():
         assert (folder / path / "items.parquet").stat().st_mtime_ns == when
     experiment = persisting.load_run(run, words[1:])
-    attempts = persisting.list_attempts(experiment, run)
-    assert persisting.whole_attempts(attempts, run) == attempts
-    assert len(attempts) == 8
+    stages = persisting.list_attacks(experiment, run)
+    assert whole_stages(stages, run) == {stage.name for stage in stages}
+    assert len(stages) == 8
     longer = persisting.load_run(run, [*words[1:], "persistence.finetune.steps=[0,1]"])
-    left = persisting.whole_attempts(persisting.list_attempts(longer, run), run)
-    assert {attempt.attack for attempt in left} == {"prompts", "generation"}
+    left = whole_stages(persisting.list_attacks(longer, run), run)
+    assert {name.split("/")[1] for name in left} == {"prompts", "generation"}
 
     results = json.loads((run / "results.json").read_text())
     jsonschema.validate(results, json.loads(SCHEMA.read_text()))
