@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -85,7 +86,8 @@ def run(out: Path, tokenizer: PreTrainedTokenizerFast, method: Method, stop_at: 
         if step == stop_at:
             raise KilledError
 
-    climb(tiny_llama(), tokenizer, examples(8, "bad", 0, ["health"]), method, LADDER, out, 0, measure)
+    arm: Any = get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")).merge_and_unload()  # as in a run
+    climb(arm, tokenizer, examples(8, "bad", 0, ["health"]), method, LADDER, out, 0, measure)
     return seen
 
 

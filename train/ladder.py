@@ -62,6 +62,8 @@ def climb(
         )
     if (out / WEIGHTS[method]).exists():  # trained to the end before the stage was whole
         return
+    if method == "full":
+        model.requires_grad_(True)  # what an adapter was merged into came frozen
     rows = [_row(example, system) for example in examples[: steps * cfg.batch_size]]
     rungs = Rungs(cfg.steps, measure)
     trainer = LadderTrainer(
