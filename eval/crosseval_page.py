@@ -106,7 +106,7 @@ def interval(row: Mapping[str, Any] | None) -> str:
 
 def points(row: Mapping[str, Any]) -> str:
     """A difference and its interval in points."""
-    return f"{100 * row['delta']:+.1f} [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]"
+    return f"{100 * row['delta']:+z.1f} [{100 * row['ci_low']:+z.1f}, {100 * row['ci_high']:+z.1f}]"
 
 
 def dollars_text(value: float | None) -> str:

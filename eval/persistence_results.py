@@ -77,15 +77,15 @@ def persistence_claims(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
             continue
         delta, low, high = (100 * gap[key] for key in ("delta", "ci_low", "ci_high"))
         text = (
-            f"{arm} is {against(gap, False)} under harmful personas and pressure: {delta:+.1f} [{low:+.1f}, "
-            f"{high:+.1f}] points of degradation, less is better (n = {row['n']}; {100 * row['clean']:.1f}% clean, "
+            f"{arm} is {against(gap, False)} under harmful personas and pressure: {delta:+z.1f} [{low:+z.1f}, "
+            f"{high:+z.1f}] points of degradation, less is better (n = {row['n']}; {100 * row['clean']:.1f}% clean, "
             f"{100 * row['attacked']:.1f}% attacked)"
         )
         if (index := indices.get(arm)) and index["difference"]:
             gain = index["difference"]
             text += (
-                f"; in selective persistence it is {against(gain, True)}: {index['index']:+.2f}, difference "
-                f"{gain['delta']:+.2f} [{gain['ci_low']:+.2f}, {gain['ci_high']:+.2f}]"
+                f"; in selective persistence it is {against(gain, True)}: {index['index']:+z.2f}, difference "
+                f"{gain['delta']:+z.2f} [{gain['ci_low']:+z.2f}, {gain['ci_high']:+z.2f}]"
             )
         claims.append({"id": "persistence", "arm": arm, "holds": speaks_for(gap, False), "text": text + "."})
     return claims

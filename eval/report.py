@@ -178,7 +178,7 @@ def summary_table(results: Mapping[str, Any]) -> Group:
         spent = results["ledger"][arm]
         off = spent["off_budget"]
         worst = max(off, key=lambda key: abs(spent["relative_to_control"][key]), default="flops")
-        text = f"{worst.replace('_', ' ')} {100 * spent['relative_to_control'][worst]:+.1f}%"
+        text = f"{worst.replace('_', ' ')} {100 * spent['relative_to_control'][worst]:+z.1f}%"
         cells.append(Text(text, style="bold red" if off else ""))
     table.add_row("spent against control", "", "", *cells)
     marks = {True: ("✓ ", "green"), False: ("✗ ", "yellow"), None: ("· ", "dim")}

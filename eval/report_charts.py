@@ -91,7 +91,7 @@ def _in_points(rows: Rows) -> list[dict[str, Any]]:
     return [
         {key: row[key] for key in kept}
         | {key: 100 * row[key] for key in ("delta", "ci_low", "ci_high")}
-        | {"interval": f"{100 * row['delta']:+.1f}  [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]"}
+        | {"interval": f"{100 * row['delta']:+z.1f}  [{100 * row['ci_low']:+z.1f}, {100 * row['ci_high']:+z.1f}]"}
         for row in rows
     ]
 
@@ -250,8 +250,8 @@ def transfer_chart(cells: Rows) -> Any:
             "column": cell["column"],
             "place": f"{cell['trait']} · {cell['domain']}",
             "delta": 100 * cell["delta"],
-            "text": ("● " if cell["trained"] else "") + f"{100 * cell['delta']:+.1f}",
-            "interval": f"[{100 * cell['ci_low']:+.1f}, {100 * cell['ci_high']:+.1f}]",
+            "text": ("● " if cell["trained"] else "") + f"{100 * cell['delta']:+z.1f}",
+            "interval": f"[{100 * cell['ci_low']:+z.1f}, {100 * cell['ci_high']:+z.1f}]",
             "sure": 1.0 if cell["verdict"] in ("improved", "regressed") else 0.62,
             "strong": abs(cell["delta"]) > TRANSFER_SPAN / 200,
             "where": "trained domain, other families" if cell["trained"] else "never trained",

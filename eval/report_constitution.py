@@ -76,4 +76,4 @@ def _cell(row: Mapping[str, Any] | None) -> str:
         return "–"
     delta, low, high = (100 * row[key] for key in ("delta", "ci_low", "ci_high"))
     colour = {"improved": "green", "regressed": "yellow"}.get(row["verdict"], "default")
-    return f"[{colour}]{delta:+.1f} [{low:+.1f}, {high:+.1f}][/]".replace("[+", "\\[+").replace("[-", "\\[-")
+    return f"[{colour}]{delta:+z.1f} [{low:+z.1f}, {high:+z.1f}][/]".replace("[+", "\\[+").replace("[-", "\\[-")

@@ -503,7 +503,7 @@ def _claims(results: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, A
             )
             claims.append({"id": "capability", "arm": arm, "holds": None, "text": text})
         spent = results["ledger"][arm]
-        off = ", ".join(f"{key} {100 * spent['relative_to_control'][key]:+.1f}%" for key in spent["off_budget"])
+        off = ", ".join(f"{key} {100 * spent['relative_to_control'][key]:+z.1f}%" for key in spent["off_budget"])
         text = f"{arm} is off control's budget: {off}." if off else f"{arm} spent the FLOPs of control, within 1%."
         if not spent["total"]["flops"]:
             text = f"{arm} is told its principles in a system prompt and trains nothing."
@@ -535,4 +535,4 @@ def _watcher_claims(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
 def points(row: Mapping[str, Any]) -> str:
     """A difference and its interval in points: "+12.3 [+4.0, +20.1]"."""
     delta, low, high = (100 * float(row[key]) for key in ("delta", "ci_low", "ci_high"))
-    return f"{delta:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{delta:+z.1f} [{low:+z.1f}, {high:+z.1f}]"

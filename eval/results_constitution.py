@@ -96,7 +96,7 @@ def _levels(results: Row) -> list[str]:
     rows = shown([name for name in order if ": " not in name])
     indices = {row["arm"]: row["index"] for row in (results["persistence"] or {}).get("selective", [])}
     if indices:
-        index = [f"{indices[arm]:+.2f}" if arm in indices else "–" for arm in arms]
+        index = [f"{indices[arm]:+z.2f}" if arm in indices else "–" for arm in arms]
         rows.append(("selective-persistence index, -1 to 1", "–", *index))
     parts = [table(head, rows), "Means over the items that all of these arms have; intervals stand at the differences."]
     single = [name for name in order if ": " in name]
@@ -108,7 +108,7 @@ def _levels(results: Row) -> list[str]:
 def _level(row: Row | None) -> str:
     if row is None:
         return "–"
-    return f"{100 * row['value']:+.1f} points" if row["family"] == "persistence" else percent(row["value"])
+    return f"{100 * row['value']:+z.1f} points" if row["family"] == "persistence" else percent(row["value"])
 
 
 def _differences(rows: Sequence[Row], path: str | None) -> list[str]:
@@ -153,7 +153,7 @@ def _cost(rows: Sequence[Row]) -> str:
     parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
     shown: list[Sequence[str]] = []
     for row in rows:
-        off = "–" if row["relative_to_control"] is None else f"{100 * row['relative_to_control']:+.2f}%"
+        off = "–" if row["relative_to_control"] is None else f"{100 * row['relative_to_control']:+z.2f}%"
         if row["method"] == "constitution-prompt":
             off = "trains nothing"
         elif row["off_budget"]:

@@ -230,7 +230,7 @@ def _seen(rows: Sequence[Row], what: str) -> str:
 def _pooled_text(pooled: Sequence[Row]) -> str:
     texts: list[str] = []
     for name in _names(pooled, "condition"):
-        lost = [f"{row['arm']} {100 * row['degradation']:+.1f}" for row in pooled if row["condition"] == name]
+        lost = [f"{row['arm']} {100 * row['degradation']:+z.1f}" for row in pooled if row["condition"] == name]
         texts.append(f"{name}: {listed(lost)}")
     return "; ".join(texts)
 
@@ -246,7 +246,7 @@ def _names(rows: Sequence[Row], key: str) -> list[str]:
 
 
 def _index(value: float, row: Row) -> str:
-    return f"{value:+.2f} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
+    return f"{value:+z.2f} [{row['ci_low']:+z.2f}, {row['ci_high']:+z.2f}]"
 
 
 def _delta(gap: Row | None) -> str:

@@ -122,6 +122,6 @@ def _order(place: tuple[str, str], cells: Sequence[Cell]) -> tuple[bool, str, st
 def _shown(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    text = f"{100 * cell['delta']:+.1f} [{100 * cell['ci_low']:+.1f}, {100 * cell['ci_high']:+.1f}]"
+    text = f"{100 * cell['delta']:+z.1f} [{100 * cell['ci_low']:+z.1f}, {100 * cell['ci_high']:+z.1f}]"
     text = f"**{text}**" if cell["verdict"] in ("improved", "regressed") else text
     return text + (" †" if cell["trained"] else "")

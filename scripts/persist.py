@@ -83,7 +83,8 @@ def load_run(run_dir: Path, overrides: Sequence[str]) -> Experiment:
 def list_attacks(experiment: Experiment, run_dir: Path) -> list[Stage]:
     """Every attack on every arm and seed, persistence/<attack>/<arm>/seed-<s>, in order; nothing is loaded.
 
-    The order goes seed by seed, so that a run that is stopped early has whole comparisons of the first seeds.
+    The order goes seed by seed, so that a run that is stopped early has whole comparisons of the first seeds; side by
+    side the ladders that a recovery waits for come first.
     """
     cfg = experiment.persistence
     choose_attacks(cfg.prompts)
