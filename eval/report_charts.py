@@ -252,8 +252,8 @@ def transfer_chart(cells: Rows) -> Any:
             "delta": 100 * cell["delta"],
             "text": ("● " if cell["trained"] else "") + f"{100 * cell['delta']:+z.1f}",
             "interval": f"[{100 * cell['ci_low']:+z.1f}, {100 * cell['ci_high']:+z.1f}]",
-            "sure": 1.0 if cell["verdict"] in ("improved", "regressed") else 0.62,
-            "strong": abs(cell["delta"]) > TRANSFER_SPAN / 200,
+            "sure": 1.0 if cell["verdict"] in ("improved", "regressed") else 0.75,
+            "strong": abs(cell["delta"]) > 0.75 * TRANSFER_SPAN / 100,  # paler tiles want dark ink
             "where": "trained domain, other families" if cell["trained"] else "never trained",
             "task": cell["tasks"][0],
             **{key: cell[key] for key in ("n", "q", "verdict")},
