@@ -35,8 +35,10 @@ class Run:
 
 
 def render(runs: Sequence[Run], images: Mapping[str, str], numbers: Sequence[str], command: str) -> str:
-    """The whole page. images: picture -> path as the page links it; numbers: the file of each run, likewise;
-    command: how the page was made."""
+    """The whole page, as Markdown.
+
+    images: picture -> path as the page links it; numbers: the file of each run, likewise; command: how it was made.
+    """
     cells = cells_of([run.results for run in runs])
     parts = [
         "# Results",

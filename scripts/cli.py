@@ -284,7 +284,7 @@ def crosseval(
 @app.command()
 def results(
     runs: Annotated[
-        list[Path], typer.Argument(help="Run folders; or numbers of earlier runs, such as docs/results/transfer.json.")
+        list[Path], typer.Argument(help="Run folders; or kept numbers, such as docs/results/persistence.json.")
     ],
     out: Annotated[
         Path, typer.Option(help="Markdown file; pictures go into img/ beside it, numbers into a folder of its name.")

@@ -77,7 +77,7 @@ def print_plan(
         table.add_column(head, justify="left" if head == "attack" else "right", no_wrap=True)
     left = 0.0
     for attack in dict.fromkeys(name[1] for name in made):
-        mine = [stage.name for stage in stages if stage.name.split("/")[1] == attack]
+        mine = ["/".join(name) for name in made if name[1] == attack]
         each = cost[attack.split("-")[0]]
         finished = len(whole.intersection(mine))
         left += each * (len(mine) - finished)
