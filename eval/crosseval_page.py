@@ -19,6 +19,7 @@ from eval.crosseval_log import Answer
 from eval.crosseval_scores import METRICS, score
 from eval.item_forms import as_text
 from eval.report_charts import ARM_COLOURS, QUIET
+from eval.wording import points
 
 alt: Any = altair  # its generated signatures are narrower than what it takes
 
@@ -102,11 +103,6 @@ def interval(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "–"
     return f"{100 * row['value']:.0f}% [{100 * row['low']:.0f}, {100 * row['high']:.0f}] n={row['n']}"
-
-
-def points(row: Mapping[str, Any]) -> str:
-    """A difference and its interval in points."""
-    return f"{100 * row['delta']:+z.1f} [{100 * row['ci_low']:+z.1f}, {100 * row['ci_high']:+z.1f}]"
 
 
 def dollars_text(value: float | None) -> str:

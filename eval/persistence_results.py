@@ -29,7 +29,7 @@ from eval.persistence_stats import (
     value_difference,
 )
 from eval.stats import Difference, benjamini_hochberg
-from eval.wording import against, speaks_for
+from eval.wording import against, points, speaks_for
 
 Frame: TypeAlias = Any  # a pandas DataFrame; pandas ships no types that pyright can follow
 BASE, CONTROL = "base", "control"
@@ -75,10 +75,9 @@ def persistence_claims(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         arm, gap = row["arm"], row["difference"]
         if row["condition"] != ALL["harmful"] or arm in (BASE, CONTROL):
             continue
-        delta, low, high = (100 * gap[key] for key in ("delta", "ci_low", "ci_high"))
         text = (
-            f"{arm} is {against(gap, False)} under harmful personas and pressure: {delta:+z.1f} [{low:+z.1f}, "
-            f"{high:+z.1f}] points of degradation, less is better (n = {row['n']}; {100 * row['clean']:.1f}% clean, "
+            f"{arm} is {against(gap, False)} under harmful personas and pressure: {points(gap)} points of "
+            f"degradation, less is better (n = {row['n']}; {100 * row['clean']:.1f}% clean, "
             f"{100 * row['attacked']:.1f}% attacked)"
         )
         if (index := indices.get(arm)) and index["difference"]:

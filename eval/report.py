@@ -22,8 +22,8 @@ from rich.text import Text
 from eval.report_charts import arm_colours, build_charts
 from eval.report_constitution import samples, side_by_side
 from eval.report_persistence import crossing_text, persistence_charts, persistence_examples
-from eval.results import BASE, CONTROL, LEDGER_KEYS, Frame, load_items, points, primary_rows
-from eval.wording import SIDES, against, listed, side
+from eval.results import BASE, CONTROL, LEDGER_KEYS, Frame, load_items, primary_rows
+from eval.wording import SIDES, against, listed, points, side
 
 SIZE_LIMIT = 8_000_000  # bytes of the whole page
 PROMPT_LIMIT, OUTPUT_LIMIT = 900, 500  # characters shown of one text

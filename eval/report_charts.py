@@ -12,6 +12,8 @@ from typing import Any
 
 import altair
 
+from eval.wording import points
+
 alt: Any = altair  # its generated signatures are narrower than what it takes
 
 ARM_COLOURS = ("#2f7fc1", "#e08a1e", "#1b9e8a", "#9a6dc8", "#c95d8b", "#7d8a2e")
@@ -91,7 +93,7 @@ def _in_points(rows: Rows) -> list[dict[str, Any]]:
     return [
         {key: row[key] for key in kept}
         | {key: 100 * row[key] for key in ("delta", "ci_low", "ci_high")}
-        | {"interval": f"{100 * row['delta']:+z.1f}  [{100 * row['ci_low']:+z.1f}, {100 * row['ci_high']:+z.1f}]"}
+        | {"interval": points(row)}
         for row in rows
     ]
 
@@ -178,7 +180,7 @@ def honesty_chart(rows: Rows, colours: Mapping[str, str]) -> Any:
     An arm is a colour and a shape; hollow in the trained domain, filled where it was never trained.
     """
     names = {"trained": "trained domain", "heldout": "domains never trained"}
-    points = [
+    dots = [
         {
             "arm": row["arm"],
             "task": f"@{row['domains']}",
@@ -204,7 +206,7 @@ def honesty_chart(rows: Rows, colours: Mapping[str, str]) -> Any:
     titles = ("answerable questions answered, %", "wrong when answered, %")
     x = alt.X("x:Q", scale=zero, axis=few, title=titles[0])
     y = alt.Y("y:Q", scale=zero, axis=few, title=titles[1])
-    base = alt.Chart(alt.Data(values=points)).encode(
+    base = alt.Chart(alt.Data(values=dots)).encode(
         color=alt.Color("arm:N", scale=alt.Scale(**colour), legend=legend),
         tooltip=[
             alt.Tooltip("arm:N"),
@@ -230,7 +232,7 @@ def honesty_chart(rows: Rows, colours: Mapping[str, str]) -> Any:
     )
     # the staircase through the arms that no other arm beats in both
     frontier = (
-        alt.Chart(alt.Data(values=[point for point in points if point["best"]]))
+        alt.Chart(alt.Data(values=[dot for dot in dots if dot["best"]]))
         .mark_line(interpolate="step-before", strokeDash=[4, 3], opacity=0.6, color=QUIET)
         .encode(x=x, y=y, detail="domains:N", order=alt.Order("x:Q"))
     )
@@ -245,13 +247,13 @@ def transfer_chart(cells: Rows) -> Any:
     columns = list(dict.fromkeys(cell["column"] for cell in cells))
     places = sorted({(not cell["trained"], cell["trait"], cell["domain"]) for cell in cells})
     order = list(dict.fromkeys(f"{trait} · {domain}" for _, trait, domain in places))
-    points = [
+    tiles = [
         {
             "column": cell["column"],
             "place": f"{cell['trait']} · {cell['domain']}",
             "delta": 100 * cell["delta"],
-            "text": ("● " if cell["trained"] else "") + f"{100 * cell['delta']:+z.1f}",
-            "interval": f"[{100 * cell['ci_low']:+z.1f}, {100 * cell['ci_high']:+z.1f}]",
+            "text": ("● " if cell["trained"] else "") + points(cell).split(" ", 1)[0],
+            "interval": points(cell).split(" ", 1)[1],
             "sure": 1.0 if cell["verdict"] in ("improved", "regressed") else 0.75,
             "strong": abs(cell["delta"]) > 0.75 * TRANSFER_SPAN / 100,  # paler tiles want dark ink
             "where": "trained domain, other families" if cell["trained"] else "never trained",
@@ -265,7 +267,7 @@ def transfer_chart(cells: Rows) -> Any:
     most = max(column.replace(" (", ", (").count(", ") for column in columns)
     # Vega reserves room for one line and writes the others below it
     across = alt.Axis(orient="top", labelAngle=0, labelLimit=230, labelExpr=lines, labelPadding=4 + 14 * most)
-    base = alt.Chart(alt.Data(values=points)).encode(
+    base = alt.Chart(alt.Data(values=tiles)).encode(
         x=alt.X("column:N", sort=columns, title=None, axis=across),
         y=alt.Y("place:N", sort=order, title=None, axis=alt.Axis(labelLimit=230, ticks=False, domain=False)),
         tooltip=[
@@ -292,7 +294,7 @@ def transfer_chart(cells: Rows) -> Any:
 
 def _curve(lines: Rows, arm: str, source: str) -> Any:
     """Proxy and gold of one arm over the steps, on one kind of prompts; seeds are separate thin lines."""
-    points = [
+    dots = [
         {"step": step, "reward": name, "seed": line["seed"], "mean": value}
         for line in lines
         if line["arm"] == arm and line["source"] == source
@@ -300,10 +302,10 @@ def _curve(lines: Rows, arm: str, source: str) -> Any:
         for step, value in zip(line["step"], line[name], strict=True)
         if value is not None
     ]
-    names = [name for name in ("proxy", "gold") if any(point["reward"] == name for point in points)]
+    names = [name for name in ("proxy", "gold") if any(dot["reward"] == name for dot in dots)]
     look = {"proxy": ("#2f7fc1", [1, 0]), "gold": ("#e08a1e", [5, 3])}
     return (
-        alt.Chart(alt.Data(values=points))
+        alt.Chart(alt.Data(values=dots))
         .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=14))
         .encode(
             x=alt.X("step:Q", scale=alt.Scale(zero=False), axis=alt.Axis(tickMinStep=1, tickCount=8, grid=False)),

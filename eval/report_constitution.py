@@ -11,6 +11,9 @@ from typing import Any
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
+
+from eval.wording import points
 
 SHOWN = 20  # rows of each kind on the page; the Parquet files hold all
 
@@ -71,9 +74,7 @@ def side_by_side(results: Mapping[str, Any]) -> Table | None:
     return shown
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def _cell(row: Mapping[str, Any] | None) -> Text:
     if row is None:
-        return "–"
-    delta, low, high = (100 * row[key] for key in ("delta", "ci_low", "ci_high"))
-    colour = {"improved": "green", "regressed": "yellow"}.get(row["verdict"], "default")
-    return f"[{colour}]{delta:+z.1f} [{low:+z.1f}, {high:+z.1f}][/]".replace("[+", "\\[+").replace("[-", "\\[-")
+        return Text("–")
+    return Text(points(row), style={"improved": "green", "regressed": "yellow"}.get(row["verdict"], ""))

@@ -13,7 +13,7 @@ from typing import Any
 import altair
 
 from eval.persistence_results import ALL, CONTROL, read_arms
-from eval.results import points
+from eval.wording import points
 
 alt: Any = altair  # its generated signatures are narrower than what it takes
 
@@ -96,7 +96,7 @@ def _degradations(rows: Rows, colours: Mapping[str, str]) -> Any:
             "points": 100 * row["degradation"],
             "low": 100 * row["ci_low"],
             "high": 100 * row["ci_high"],
-            "interval": points({**row, "delta": row["degradation"]}),
+            "interval": points(row, "degradation"),
             "clean": row["clean"],
             "attacked": row["attacked"],
             "n": row["n"],

@@ -32,7 +32,7 @@ from eval.stats import (
     verdict,
 )
 from eval.transfer import column_name, transfer_cells
-from eval.wording import against, speaks_for
+from eval.wording import against, points, speaks_for
 from rewards.probes import domains, load_probes
 
 Frame: TypeAlias = Any  # a pandas DataFrame or Series; pandas ships no types that pyright can follow
@@ -530,9 +530,3 @@ def _watcher_claims(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
                 text = f"{where}: watcher {alert['watcher']} saw {alert['text']}."
                 claims.append({"id": "watcher", "arm": arm, "holds": None, "text": text})
     return claims
-
-
-def points(row: Mapping[str, Any]) -> str:
-    """A difference and its interval in points: "+12.3 [+4.0, +20.1]"."""
-    delta, low, high = (100 * float(row[key]) for key in ("delta", "ci_low", "ci_high"))
-    return f"{delta:+z.1f} [{low:+z.1f}, {high:+z.1f}]"

@@ -13,8 +13,7 @@ import altair
 
 from eval.markdown import SIGNIFICANT, details, percent, picture, table
 from eval.report_charts import QUIET, SHAPES, arm_colours
-from eval.results import points
-from eval.wording import SIDES, listed, side
+from eval.wording import SIDES, listed, points, side
 
 alt: Any = altair  # its generated signatures are narrower than what it takes
 

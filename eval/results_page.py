@@ -13,10 +13,10 @@ from typing import Any
 
 from eval.markdown import SIGNIFICANT, details, percent, picture, table
 from eval.report_charts import arm_colours, honesty_chart, transfer_chart
-from eval.results import points
 from eval.results_constitution import constitution_pictures, constitution_section
 from eval.results_persistence import persistence_pictures, persistence_section
 from eval.transfer import cells_of, markdown_table
+from eval.wording import points
 
 Row = Mapping[str, Any]
 

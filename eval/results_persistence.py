@@ -12,8 +12,7 @@ from eval.markdown import details, percent, picture, table
 from eval.persistence_results import ALL, CONTROL
 from eval.report_charts import arm_colours
 from eval.report_persistence import crossing_text, persistence_charts
-from eval.results import points
-from eval.wording import against, listed
+from eval.wording import against, listed, points
 
 Row = Mapping[str, Any]
 WIDTH = 640  # pixels of a picture without its labels

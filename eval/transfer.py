@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from eval.stats import benjamini_hochberg, equivalence_p, paired_difference, verdict
-from eval.wording import listed
+from eval.wording import listed, points
 
 Cell = dict[str, Any]
 
@@ -122,6 +122,5 @@ def _order(place: tuple[str, str], cells: Sequence[Cell]) -> tuple[bool, str, st
 def _shown(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    text = f"{100 * cell['delta']:+z.1f} [{100 * cell['ci_low']:+z.1f}, {100 * cell['ci_high']:+z.1f}]"
-    text = f"**{text}**" if cell["verdict"] in ("improved", "regressed") else text
+    text = f"**{points(cell)}**" if cell["verdict"] in ("improved", "regressed") else points(cell)
     return text + (" †" if cell["trained"] else "")

@@ -34,6 +34,12 @@ def speaks_for(difference: Mapping[str, Any], higher_is_better: bool) -> bool | 
     return {"better": True, "worse": False, "not told apart": None}[side(difference, higher_is_better)]
 
 
+def points(row: Mapping[str, Any], key: str = "delta") -> str:
+    """A difference, kept as a fraction under `key`, and its interval in points: "+12.3 [+4.0, +20.1]"."""
+    value, low, high = (100 * float(row[name]) for name in (key, "ci_low", "ci_high"))
+    return f"{value:+z.1f} [{low:+z.1f}, {high:+z.1f}]"
+
+
 def listed(names: Sequence[str]) -> str:
     """One or more names in a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

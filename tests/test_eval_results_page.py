@@ -13,8 +13,9 @@ from test_eval_results import write_run
 from typer.testing import CliRunner
 
 from eval.markdown import table
-from eval.results import points, write_results
+from eval.results import write_results
 from eval.results_page import render
+from eval.wording import points
 from scripts.cli import app
 from scripts.results import read_run
 

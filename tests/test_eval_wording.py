@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from eval.wording import SIDES, against, listed, side, speaks_for
+from eval.wording import SIDES, against, listed, points, side, speaks_for
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,9 @@ def test_the_other_one_is_named() -> None:
 
 def test_names_in_a_sentence() -> None:
     assert [listed(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+
+
+def test_a_difference_in_points() -> None:
+    row = {"delta": 0.1234, "ci_low": -0.0004, "ci_high": 0.201}
+    assert points(row) == "+12.3 [+0.0, +20.1]"  # what rounds to zero has no minus
+    assert points({**row, "degradation": -0.5}, "degradation") == "-50.0 [+0.0, +20.1]"
