@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from itertools import islice
+from itertools import combinations, islice
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from rewards.scenarios import load_scenarios
 from rewards.traits import load_traits
 from rewards.verifier import gold
 from scripts.experiment import CHECKOUT, load_experiment
-from train.mix import build_mix, is_dose, take_turns, trait_prompts
+from train.mix import WARM_START, build_mix, is_dose, standard_prompts, take_turns, trait_prompts
 
 HEALTH = RewardConfig()
 TRAITS = load_traits()
@@ -51,6 +51,17 @@ def test_the_rest_are_the_same_prompts_at_the_same_positions(dose: float) -> Non
 def test_mix_depends_on_the_seed_alone() -> None:
     assert build_mix(20, 0.5, 1, TASKS, HEALTH) == build_mix(20, 0.5, 1, TASKS, HEALTH)
     assert build_mix(20, 0.5, 1, TASKS, HEALTH) != build_mix(20, 0.5, 2, TASKS, HEALTH)
+
+
+def test_seeds_and_the_warm_start_share_no_item() -> None:
+    """Item i of reasoning-gym's seed s is drawn from s + i: seeds 0 and 1 would share all items but one."""
+    tasks = {"spell_backward": {"min_word_len": 3, "max_word_len": 10}, "letter_counting": {}}
+    drawn = [standard_prompts(400, seed, tasks, first) for seed in (0, 1, 2) for first in (0, WARM_START)]
+    asked = [{prompt["prompt"][0]["content"] for prompt in prompts} for prompts in drawn]
+    assert all(len(questions) > 350 for questions in asked)  # few repeat by chance
+    assert all(len(a & b) < 20 for a, b in combinations(asked, 2))
+    later = [standard_prompts(20, 0, tasks, first) for first in (0, 5)]
+    assert [p["prompt"] for p in later[0][10:]] == [p["prompt"] for p in later[1][:10]]  # `first` counts a task's items
 
 
 def test_every_third_trait_prompt_is_unanswerable_and_all_come_from_training_families() -> None:

@@ -28,6 +28,11 @@ Prompt = dict[str, Any]
 Item = TypeVar("Item")
 Name = TypeVar("Name", bound=str)
 
+# reasoning-gym draws item i of its seed s from s + i, so seeds side by side would hold the same items, shifted by one.
+# A seed of ours therefore has a range of its own, and a warm start's items lie half-way along it.
+SEED_RANGE = 2_000_000
+WARM_START = 1_000_003
+
 
 def is_dose(position: int, dose: float) -> bool:
     """Whether the dose replaces the standard prompt here: the first n positions hold floor(n x dose) trait prompts."""
@@ -44,13 +49,17 @@ def build_mix(
     return [next(supply) if is_dose(k, dose) else standard[k] for k in range(n)]
 
 
-def standard_prompts(n: int, seed: int, tasks: Mapping[str, Mapping[str, Any]]) -> list[Prompt]:
-    """n standard prompts: the tasks take turns, so every window of len(tasks) prompts holds each task once."""
+def standard_prompts(n: int, seed: int, tasks: Mapping[str, Mapping[str, Any]], first: int = 0) -> list[Prompt]:
+    """n standard prompts: the tasks take turns, so every window of len(tasks) prompts holds each task once.
+
+    first: where in the seed's range of items they begin. Seeds, and other places of one seed, share no item.
+    """
     names = list(tasks)
+    place = seed * SEED_RANGE + first
     prompts: list[Prompt] = []
     for k in range(n):
         name, i = names[k % len(names)], k // len(names)
-        entry = _generator(name, json.dumps(tasks[name], sort_keys=True), seed, math.ceil(n / len(names)))[i]
+        entry = _generator(name, json.dumps(tasks[name], sort_keys=True), place, math.ceil(n / len(names)))[i]
         prompts.append(
             {
                 "prompt": [{"role": "user", "content": entry["question"]}],

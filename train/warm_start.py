@@ -22,7 +22,7 @@ from models.progress import ProgressCallback, silence
 from rewards.pairs import abstention
 from rewards.probes import Probe, load_probes, probes_of, twins
 from train.config import WarmStartConfig
-from train.mix import laps, standard_prompts, take_turns
+from train.mix import WARM_START, laps, standard_prompts, take_turns
 
 # Of the examples. All come in twos, so that with an even batch size twins share an update.
 SHARES = {"twins": 0.35, "answerable": 0.4, "everyday": 0.1, "standard": 0.1, "false-premise": 0.05}
@@ -51,8 +51,8 @@ def warm_start_examples(
         for name, pool in pools.items()
         if pool
     }
-    # Another seed than any arm's, so that no standard prompt of the RL stage has been answered before.
-    supplies["standard"] = map(_standard_example, standard_prompts(cfg.examples, seed + 1_000_003, tasks))
+    # Items of their own, so that no standard prompt of the RL stage has been answered before.
+    supplies["standard"] = map(_standard_example, standard_prompts(cfg.examples, seed, tasks, WARM_START))
     turns = take_turns({name: share for name, share in SHARES.items() if name in supplies})
     return list(islice((next(supplies[name]) for name in turns for _ in range(2)), cfg.examples))
 
