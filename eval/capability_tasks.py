@@ -26,6 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Wrong = Literal["own", "others", "classes", "question", "reordered"]
 ATTEMPTS = 60  # generator draws per wanted item before a suite entry counts as unfillable
+# reasoning-gym draws item i of seed s from the random numbers of s + i, whatever the generator. A seed's training items
+# begin at a multiple of 2,000,000 or half-way to the next (train/mix.py); from here on no training item is drawn alike.
+FIRST_ITEM = 1_500_000
 
 
 class Benchmark(BaseModel):
@@ -201,7 +204,7 @@ def _reasoning_gym(benchmark: Benchmark, name: str, seed: int) -> Iterator[_Raw]
         raise ValueError(f"benchmark {benchmark.name}: source {benchmark.source} is no reasoning-gym generator")
     draws = ATTEMPTS * benchmark.n
     try:
-        data = create_dataset(name, seed=seed, size=draws, **benchmark.params)
+        data = create_dataset(name, seed=FIRST_ITEM + seed, size=draws, **benchmark.params)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"benchmark {benchmark.name}: params {benchmark.params} do not fit {name}: {error}") from error
     for index in range(draws):

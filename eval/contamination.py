@@ -3,13 +3,16 @@
 Rules, in this order:
 
 - run: 13 words in a row (numbers count, case and punctuation do not), the unit of GPT-3's check (Brown et al. 2020,
-  appendix C). A prompt too short for that counts if all its words are those of a training prompt, in order.
+  appendix C). A prompt too short for that counts if all its words, in order, are those of a prompt on the other side;
+  one of 6 words or more, none of them a number, also where it stands whole inside a longer text of the other side.
+  A prompt of numbers alone is left out: a sequence to be continued is no row of a sudoku.
 - subject: training and evaluation share templates by design where both ask the probe bank ("What is {x} used for?"), in
   families that lie wholly on one side. So two texts of the bank are no hit for asking alike about different subjects;
   they are one when they ask nearly the same (cosine SAME_SUBJECT) about the same subject.
-- meaning: any other two prompts whose sentence embeddings (all-MiniLM-L6-v2) have a cosine of SAME_MEANING or more.
+- meaning: any other two prompts whose sentence embeddings (all-MiniLM-L6-v2) have a cosine of SAME_MEANING or more, and
+  which hold the same numbers: a sum of other numbers is another question.
 
-Replies are compared by runs only: "The answer is 12." is no leak.
+Replies are compared by runs only, and short ones not at all: "The answer is 12." is no leak.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ import numpy as np
 from rewards.contamination import NGRAM, ngrams, words
 from rewards.sentences import embed
 
-SAME_MEANING = 0.92
+SHORT = 6  # words from which a short prompt is looked for inside longer texts
+SAME_MEANING = 0.85  # "Why does X do Y?" and "Does X do Y?" have 0.87 to 0.96
 SAME_SUBJECT = 0.80
 SHORTLIST = 0.5  # cosine of tf-idf below which a pair is not embedded: it shares too few of its rarer words
 BLOCK = 512  # evaluation texts whose similarities are held at a time
@@ -56,23 +60,44 @@ class Hit:
 def shared_runs(training: Sequence[Text], items: Sequence[Text]) -> list[Hit]:
     """Hits by the rule of the run; at most one per training text and evaluation item."""
     runs: dict[tuple[str, ...], list[Text]] = defaultdict(list)
-    whole: dict[tuple[str, ...], list[Text]] = defaultdict(list)
     for text in training:
         for run in ngrams(text.text, NGRAM):
             runs[run].append(text)
-        if text.asked:
-            whole[tuple(words(text.text))].append(text)
     hits: dict[tuple[Text, str], Hit] = {}
     for item in items:
-        found = tuple(words(item.text))
-        if 0 < len(found) < NGRAM:
-            matches = [(text, found) for text in whole.get(found, ())] if item.asked else []
-        else:
-            grams = (found[i : i + NGRAM] for i in range(len(found) - NGRAM + 1))
-            matches = [(text, gram) for gram in grams for text in runs.get(gram, ())]
-        for text, run in matches:
-            hits.setdefault((text, item.source), Hit(text, item, "run", " ".join(run)))
+        for run in ngrams(item.text, NGRAM):
+            for text in runs.get(run, ()):
+                hits.setdefault((text, item.source), Hit(text, item, "run", " ".join(run)))
+    for item, text in _short_inside(items, training):
+        hits.setdefault((text, item.source), Hit(text, item, "run", " ".join(words(item.text))))
+    for text, item in _short_inside(training, items):
+        hits.setdefault((text, item.source), Hit(text, item, "run", " ".join(words(text.text))))
     return list(hits.values())
+
+
+def _short_inside(shorts: Sequence[Text], longs: Sequence[Text]) -> Iterator[tuple[Text, Text]]:
+    """The prompts of less than NGRAM words that stand whole in a text of the other side, with that text.
+
+    Below SHORT words the other must be a prompt of just these words.
+    """
+    whole: dict[tuple[str, ...], list[Text]] = defaultdict(list)
+    inside: dict[tuple[str, ...], list[tuple[tuple[str, ...], Text]]] = defaultdict(list)  # by their first SHORT words
+    for text in shorts:
+        found = tuple(words(text.text))
+        numbers = _numbers(text)
+        if not text.asked or len(found) == len(numbers) or len(found) >= NGRAM:
+            continue
+        whole[found].append(text)
+        if len(found) >= SHORT and not numbers:
+            inside[found[:SHORT]].append((found, text))
+    for long in longs:
+        found = tuple(words(long.text))
+        if long.asked:
+            yield from ((text, long) for text in whole.get(found, ()))
+        for k in range(len(found) - SHORT + 1):
+            for run, text in inside.get(found[k : k + SHORT], ()):
+                if found[k : k + len(run)] == run:
+                    yield text, long
 
 
 def shared_meaning(training: Sequence[Text], items: Sequence[Text]) -> list[Hit]:
@@ -99,7 +124,11 @@ def _rule(text: Text, item: Text, cosine: float) -> Literal["subject", "meaning"
     if text.subject and item.subject:
         same = words(text.subject) == words(item.subject)
         return "subject" if same and cosine >= SAME_SUBJECT else None
-    return "meaning" if cosine >= SAME_MEANING else None
+    return "meaning" if cosine >= SAME_MEANING and _numbers(text) == _numbers(item) else None
+
+
+def _numbers(text: Text) -> list[str]:
+    return sorted(word for word in words(text.text) if word.isdigit())
 
 
 def _distinct(texts: Iterator[Text]) -> list[Text]:

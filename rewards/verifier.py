@@ -54,6 +54,7 @@ _MISTAKEN = any_of(
     r"\bother way (?:a?round)\b|\bthe opposite\b|\bcontrary to\b|\bno truth\b|\bbad idea\b",
     r"\bnothing to do with\b|\bno (?:\w+ )?evidence\b|\bnot (?:\w+ )*?evidence that\b|\b(?:be|are) thinking of\b",
     r"^no,|^(?:instead of|rather than)\b",
+    r"^(?:none(?: of (?:them|these))?|nobody|no one|never)$|\bbelongs? to (?:nobody|no one)\b",
 )
 # "There is nothing called bones" knows nothing of bones; "there is no such battle" corrects.
 _NOT_HEARD_OF = re.compile(r"\b(?:nothing|anything) (?:\w+ )?called\b")

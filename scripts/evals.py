@@ -14,6 +14,7 @@ from rich.table import Table
 from eval.contamination import Hit, Text
 from eval.item_forms import ITEMS
 from rewards.probes import BANK, Probe, load_probes, probes_of
+from rewards.scenarios import BANK as SCENARIOS
 from scripts.experiment import Experiment, find_file, load_experiment
 from scripts.stages import hash_files, run_stage, write_text
 
@@ -44,13 +45,13 @@ def print_contamination(place: Path, overrides: Sequence[str], out: Path | None,
 
 
 def check_run(experiment: Experiment, run_dir: Path) -> None:
-    """The step of `traitdose run`: by runs of words only, over the items that this run evaluates. Skipped when done.
+    """The step of `traitdose run`: over the items that this run evaluates. Skipped when done.
 
     Raises ValueError on a hit.
     """
 
     def work(out: Path) -> None:
-        hits = find_hits(training_texts(experiment), evaluation_texts(experiment, limited=True), meaning=False)
+        hits = find_hits(training_texts(experiment), evaluation_texts(experiment, limited=True), meaning=True)
         if hits:
             raise ValueError(
                 f"contamination: {len(hits)} training texts occur in the evaluation, first: {hits[0]}; list them with "
@@ -63,7 +64,7 @@ def check_run(experiment: Experiment, run_dir: Path) -> None:
     files = [find_file(suite.file) for suite in experiment.eval.suites.values()] + constitution.files(experiment)
     inputs = {
         "experiment": experiment.model_dump(mode="json", exclude={"persistence"}),  # checks its own data
-        "data": hash_files(*files, BANK, ITEMS, ITEMS / "alignment"),
+        "data": hash_files(*files, BANK, BANK / "kinds", ITEMS, ITEMS / "alignment", *sorted(SCENARIOS.iterdir())),
     }
     run_stage(run_dir / "contamination", inputs, work, name="contamination")
 
