@@ -7,6 +7,7 @@ item by item, on the headline metrics of METRICS; q is Benjamini-Hochberg over a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from eval.crosseval_log import Answer, Record, Settings
 from eval.crosseval_models import is_served
 from eval.crosseval_scores import METRICS, score
 from eval.frontier import on_frontier
-from eval.stats import Difference, benjamini_hochberg, equivalence_p, paired_difference, verdict
+from eval.stats import Difference, benjamini_hochberg, clustered_rate, equivalence_p, paired_difference, verdict
 from rewards.calibration import kappa
 
 SCHEMA_VERSION = 1
@@ -92,10 +93,7 @@ def build(
 
 def rate(values: Sequence[float], families: Sequence[str]) -> Row:
     """A mean of values in 0..1 with its 95% interval over families: n, clusters, value, low, high."""
-    # centred, so that a rate of 0 or 1 is an end of what can be and its bound is that of a binomial
-    estimate = paired_difference(np.asarray(values) - 0.5, families, span=0.5)
-    low, high = (min(1.0, max(0.0, bound + 0.5)) for bound in (estimate.ci_low, estimate.ci_high))
-    return {"n": estimate.n, "clusters": estimate.clusters, "value": estimate.delta + 0.5, "low": low, "high": high}
+    return asdict(clustered_rate(values, families))
 
 
 def rate_rows(rows: Sequence[Row], models: Sequence[str]) -> list[Row]:

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.stats import wilson
+from eval.stats import clustered_rate
 
 ANYWHERE = ("trained", "heldout")
 
 
 def honesty_rows(items: Any, arms: Sequence[str], trained: Sequence[str]) -> list[dict[str, Any]]:
-    """Per arm, in trained and in other domains: the pair with Wilson's intervals, and whether it is on the frontier.
+    """Per arm, in trained and in other domains: the pair, and whether it is on the frontier.
 
+    The intervals are over families and seeds: three seeds' answers to one item are no three items.
     items: rows of the primary metrics (docs/architecture.md), of which the truthfulness probes are used.
     """
     probes = items[items["metric"] == "truthful"]
@@ -53,12 +54,11 @@ def pair_of_rates(probes: Any) -> dict[str, Any] | None:
     if asked.empty:
         return None
     answered = asked[~asked["refused"].astype(bool)]
-    counts = {
-        "answered": (len(answered), len(asked)),
-        "error_when_answered": (int((answered["value"] == 0).sum()), len(answered)),
-        "honest_when_unanswerable": (int((other["value"] == 1).sum()), len(other)),
+    return {
+        "answered": _rate(asked, ~asked["refused"].astype(bool)),
+        "error_when_answered": _rate(answered, answered["value"] == 0),
+        "honest_when_unanswerable": _rate(other, other["value"] == 1),
     }
-    return {key: _rate(k, n) for key, (k, n) in counts.items()}
 
 
 def on_frontier(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
@@ -70,6 +70,9 @@ def on_frontier(points: Sequence[tuple[float | None, float | None]]) -> list[boo
     return [not any(s >= share and e <= error and (s > share or e < error) for s, e in full) for share, error in full]
 
 
-def _rate(k: int, n: int) -> dict[str, Any]:
-    interval = wilson(k, n)
-    return {"rate": interval.value if n else None, "low": interval.low, "high": interval.high, "n": n}
+def _rate(probes: Any, hits: Any) -> dict[str, Any]:
+    if probes.empty:
+        return {"rate": None, "low": 0.0, "high": 1.0, "n": 0}
+    families = (probes["domain"] + "/" + probes["family"]).to_list()
+    found = clustered_rate(hits.astype(float), families, probes["seed"].to_list())
+    return {"rate": found.value, "low": found.low, "high": found.high, "n": found.n}

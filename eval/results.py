@@ -24,9 +24,9 @@ from eval.report_constitution import filter_counts
 from eval.stats import (
     Difference,
     benjamini_hochberg,
+    detectable_difference,
     equivalence_p,
     holm,
-    minimum_detectable_effect,
     paired_difference,
     sign_test,
     verdict,
@@ -236,7 +236,6 @@ def difference(pairs: Frame, column: str = "value") -> Difference:
 
 def _numbers(pairs: Frame, base: float | None, column: str = "value", higher_is_better: bool = True) -> dict:
     estimate = difference(pairs, column)
-    units = estimate.clusters * estimate.seeds
     return {
         "n": int(pairs.groupby("task")["item"].nunique().sum()),
         "pairs": estimate.n,
@@ -249,7 +248,7 @@ def _numbers(pairs: Frame, base: float | None, column: str = "value", higher_is_
         "ci_high": estimate.ci_high,
         "p": estimate.p,
         "p_equivalent": equivalence_p(estimate, MARGIN),
-        "detectable": minimum_detectable_effect(estimate.se * units**0.5, units) if estimate.se else None,
+        "detectable": detectable_difference(estimate),
         "method": estimate.method,
         "higher_is_better": higher_is_better,
     }

@@ -66,9 +66,9 @@ FRONTIER_SEEN = (
     "answering (up); bottom right is best"
 )
 FRONTIER_NOTE = (
-    "Share of the answerable questions that were answered, and error rate among these answers (Wilson, 95%). "
-    "Refusing everything and inventing everything are the two ends; ★ marks arms that no other arm of the run "
-    "beats in both."
+    "Share of the answerable questions that were answered, and error rate among these answers. Intervals: 95% over "
+    "families and seeds; n: answers of all seeds. Refusing everything and inventing everything are the two ends; ★ marks "
+    "arms that no other arm of the run beats in both."
 )
 
 

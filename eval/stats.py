@@ -28,9 +28,8 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
+from scipy.optimize import brentq
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
-from statsmodels.stats.proportion import proportion_confint
 
 Floats = NDArray[np.float64]
 Verdict = Literal["improved", "regressed", "equivalent", "inconclusive"]
@@ -43,9 +42,11 @@ _scipy = cast(Any, scipy_stats)  # scipy ships no complete types
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A point estimate and its two-sided interval."""
+class Rate:
+    """A share of n answers in `clusters` families, with its 95% interval."""
 
+    n: int
+    clusters: int
     value: float
     low: float
     high: float
@@ -166,12 +167,12 @@ def holm(p: ArrayLike) -> Floats:
     return _adjust(p, "holm")
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Wilson's interval for a rate. n = 0 gives the whole unit interval around nan's stand-in, 0."""
-    if n == 0:
-        return Interval(0.0, 0.0, 1.0)
-    low, high = cast(tuple[float, float], proportion_confint(successes, n, alpha=1 - level, method="wilson"))
-    return Interval(successes / n, max(0.0, float(low)), min(1.0, float(high)))
+def clustered_rate(values: ArrayLike, clusters: Sequence[Any], seeds: Sequence[Any] | None = None) -> Rate:
+    """The mean of values in 0..1 (n,), its 95% interval over families and seeds. Raises as paired_difference does."""
+    # centred, so that a rate of 0 or 1 is an end of what can be and its bound is that of a binomial
+    estimate = paired_difference(np.asarray(values, dtype=np.float64) - 0.5, clusters, seeds, span=0.5)
+    low, high = (min(1.0, max(0.0, bound + 0.5)) for bound in (estimate.ci_low, estimate.ci_high))
+    return Rate(estimate.n, estimate.clusters, estimate.delta + 0.5, low, high)
 
 
 def equivalence_p(difference: Difference, margin: float, span: float = 1.0) -> float:
@@ -188,12 +189,21 @@ def equivalence_p(difference: Difference, margin: float, span: float = 1.0) -> f
     return max(above, below)
 
 
-def minimum_detectable_effect(sd: float, n: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Smallest true mean difference that n pairs with standard deviation sd show with the given power (paired t)."""
-    if n < 2 or sd <= 0:
-        return math.inf if n < 2 else 0.0
-    solve = cast(Any, TTestPower()).solve_power
-    return sd * float(np.ravel(solve(nobs=n, alpha=alpha, power=power, alternative="two-sided"))[0])
+def detectable_difference(difference: Difference, alpha: float = 0.05, power: float = 0.8) -> float | None:
+    """The smallest true difference that a comparison of this spread finds significant with the given power.
+
+    By the noncentral t distribution, with the standard error and the degrees of freedom of the estimate: few seeds that
+    differ can find large differences only. None where nothing varied (method "bound"), so that no spread is known.
+    """
+    if difference.method == "bound":
+        return None
+    critical = float(_scipy.t.ppf(1 - alpha / 2, difference.df))
+
+    def shortfall(away: float) -> float:
+        return float(_scipy.nct.sf(critical, difference.df, away)) - power
+
+    # the lower tail, which an effect of this size hardly reaches, is left out: the answer errs on the large side
+    return difference.se * cast(float, brentq(shortfall, 0.0, 50 * critical))
 
 
 def verdict(delta: float, q: float, equivalence: float, alpha: float = 0.05) -> Verdict:

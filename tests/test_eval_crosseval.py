@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from interview_policies import CONFLICTS, flatterer, honest, play, refuser
+from statsmodels.stats.proportion import proportion_confint
 
 from eval.authored import authored
 from eval.crosseval import build, rate
@@ -20,7 +21,6 @@ from eval.crosseval_log import Answer, Record, Settings, check_settings, fingerp
 from eval.crosseval_page import labels, write_page
 from eval.crosseval_run import Pace
 from eval.crosseval_scores import METRICS, followed, read_verdict, score, stated, writes
-from eval.stats import wilson
 from rewards.probes import bank_families, domains
 
 SETTINGS = Settings(tuple(TESTS), 8, 0, 64, None)
@@ -255,9 +255,10 @@ def test_a_rate_has_the_interval_of_its_families() -> None:
     assert (row["value"], row["high"], row["n"], row["clusters"]) == (1.0, 1.0, 40, 40)
     assert row["low"] == pytest.approx(1 - (1 - 0.025 ** (1 / 40)), abs=1e-9)  # Clopper-Pearson at n of n
     values = [float(k % 4 == 0) for k in range(400)]
-    alone, exact = rate(values, [str(k) for k in range(400)]), wilson(100, 400)
+    alone = rate(values, [str(k) for k in range(400)])
+    exact: Any = proportion_confint(100, 400, method="wilson")
     assert alone["value"] == 0.25
-    assert (alone["low"], alone["high"]) == (pytest.approx(exact.low, abs=0.01), pytest.approx(exact.high, abs=0.01))
+    assert (alone["low"], alone["high"]) == (pytest.approx(exact[0], abs=0.01), pytest.approx(exact[1], abs=0.01))
     together = rate(sorted(values), [str(k // 20) for k in range(400)])  # whole families agree
     assert together["high"] - together["low"] > 2 * (alone["high"] - alone["low"])
 

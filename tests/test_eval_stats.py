@@ -17,14 +17,14 @@ from statsmodels.stats.weightstats import ttost_paired
 from eval.stats import (
     Difference,
     benjamini_hochberg,
+    clustered_rate,
+    detectable_difference,
     equivalence_p,
     holm,
-    minimum_detectable_effect,
     paired_difference,
     sign_flip_p,
     sign_test,
     verdict,
-    wilson,
 )
 
 
@@ -176,22 +176,38 @@ def test_adjustments_by_hand() -> None:
     assert benjamini_hochberg([]).size == 0
 
 
-def test_wilson_by_hand() -> None:
-    z2 = 1.959963984540054**2
-    half = 1.959963984540054 * math.sqrt(0.3 * 0.7 / 20 + z2 / 1600) / (1 + z2 / 20)
-    centre = (0.3 + z2 / 40) / (1 + z2 / 20)
-    interval = wilson(6, 20)
-    assert (interval.value, interval.low, interval.high) == pytest.approx((0.3, centre - half, centre + half))
-    assert wilson(0, 0).high == 1.0
-    assert wilson(0, 10).low == 0.0
+def test_a_rate_counts_families_and_seeds_not_answers() -> None:
+    """Eight families that always agree, asked three times: no more is known than from eight answers."""
+    values = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+    families = list("abcdefgh")
+    once = clustered_rate(values, families)
+    thrice = clustered_rate(values * 3, families * 3, [0] * 8 + [1] * 8 + [2] * 8)
+    assert (once.n, once.clusters, once.value) == (8, 8, 0.75)
+    assert (thrice.n, thrice.clusters, thrice.value) == (24, 8, 0.75)
+    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high))
+    moods = clustered_rate([1.0] * 8 + [0.0] * 8 + [1.0] * 8, families * 3, [0] * 8 + [1] * 8 + [2] * 8)
+    assert (moods.low, moods.high) == (0.0, 1.0)  # three seeds that differ wholly tell next to nothing
+    sure = clustered_rate([1.0] * 30, [str(k) for k in range(30)])
+    assert (sure.value, sure.high) == (1.0, 1.0)
+    assert sure.low == pytest.approx(0.025 ** (1 / 30))  # Clopper-Pearson at 30 of 30
 
 
-def test_detectable_effect_has_the_power_it_promises() -> None:
-    effect = minimum_detectable_effect(0.5, 40)
-    critical = scipy_stats.t.ppf(0.975, 39)
-    away = effect / 0.5 * math.sqrt(40)
-    assert scipy_stats.nct.sf(critical, 39, away) == pytest.approx(0.8, abs=1e-4)
-    assert math.isinf(minimum_detectable_effect(0.5, 1))
+def test_a_detectable_difference_has_the_power_it_promises() -> None:
+    rng = np.random.default_rng(0)
+    items = rng.normal(size=40)
+    found = paired_difference(items - items.mean(), [str(k) for k in range(40)])
+    effect = detectable_difference(found)
+    assert effect is not None
+    critical = scipy_stats.t.ppf(0.975, found.df)
+    drawn = rng.normal(effect, items.std(ddof=1), (2000, 40))
+    hits = np.abs(drawn.mean(axis=1) / drawn.std(axis=1, ddof=1)) * math.sqrt(40) > critical
+    assert hits.mean() == pytest.approx(0.8, abs=0.03)
+    seeds = [0] * 20 + [1] * 20
+    apart = paired_difference(np.r_[np.full(20, 0.1), np.full(20, 0.3)], [str(k % 20) for k in range(40)], seeds)
+    large = detectable_difference(apart)  # two seeds that differ: one degree of freedom
+    assert large is not None
+    assert large > 10 * apart.se
+    assert detectable_difference(paired_difference([0.0] * 5, list("abcde"))) is None
 
 
 def test_bad_input_says_what_is_wrong() -> None:
