@@ -67,8 +67,8 @@ FRONTIER_SEEN = (
 )
 FRONTIER_NOTE = (
     "Share of the answerable questions that were answered, and error rate among these answers. Intervals: 95% over "
-    "families and seeds; n: answers of all seeds. Refusing everything and inventing everything are the two ends; ★ marks "
-    "arms that no other arm of the run beats in both."
+    "families and seeds; n: answers of all seeds. Refusing everything and inventing everything are the two ends; ★ "
+    "marks arms that no other arm of the run beats in both."
 )
 
 
