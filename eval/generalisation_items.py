@@ -130,8 +130,15 @@ def load_suite(path: Path) -> Suite:
         raise ValueError(f"{path}: there is no such suite file; see configs/suites/")
     try:
         suite = Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValidationError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the file"
+        raise ValueError(
+            f"{path}: {where}: {problem['msg']} [{error.error_count()} in all]; a suite of this kind is "
+            "configs/suites/generalisation-offline.yaml, and one from the hub is run by `traitdose eval hub`"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     for task in suite.tasks:
         if task.source == "probes" and task.domain not in domains():
             raise ValueError(f"{path}: task {task.name}: domain {task.domain!r} has no probes; there are: {domains()}")

@@ -142,7 +142,11 @@ def load_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{path} is missing: {run_dir} is no run folder; give the folder that `traitdose run` wrote")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not readable as YAML: {reason}; the same `traitdose run` writes it again") from None
 
 
 def load_items(run_dir: Path) -> Frame:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +47,27 @@ def load_model(
     On a CPU its linear layers are computed by oneDNN (models/linear.py).
     attention: transformers' attn_implementation. use_kernels: layers from the kernels hub, on CUDA.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        resolve_model(name), dtype=dtype, attn_implementation=attention, use_kernels=use_kernels
-    )
+    with _told(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name), dtype=dtype, attn_implementation=attention, use_kernels=use_kernels
+        )
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return use_onednn(model.to(torch.device(device)).eval())
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """A model that is not there, here or at the hub, as a ValueError; transformers raises OSError without a path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # a full disk, a folder that may not be read
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"base: {name!r} is no model folder here, and the hub did not give it: {reason}") from error
 
 
 def best_device() -> str:
@@ -62,7 +77,8 @@ def best_device() -> str:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token (its own or, where it has none, the end-of-sequence token)."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    with _told(name):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

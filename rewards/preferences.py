@@ -193,7 +193,11 @@ def load_preferences(path: Path) -> dict[Split, list[Preference]]:
     found: dict[Split, list[Preference]] = {"train": [], "heldout": []}
     ids: dict[str, str] = {}
     sides: dict[str, Split] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
         where = f"{path}:{number}"

@@ -288,7 +288,7 @@ def results(
     ],
     out: Annotated[
         Path, typer.Option(help="Markdown file; pictures go into img/ beside it, numbers into a folder of its name.")
-    ] = Path("docs/results.md"),
+    ] = Path("runs/results.md"),
 ) -> None:
     """Write what finished runs found as one Markdown page with pictures."""
     with _clear_errors():

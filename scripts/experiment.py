@@ -12,7 +12,7 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
@@ -31,6 +31,7 @@ from train.persistence_config import PersistenceConfig
 CHECKOUT = Path(__file__).parent.parent
 TRAITS = CHECKOUT / "configs" / "traits"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+ENTRIES = ("arms", "eval.suites", "standard.tasks", "reward.weights")  # sections of entries, which null takes out
 
 
 class TrackingConfig(BaseModel):
@@ -52,7 +53,9 @@ class Experiment(BaseModel):
 
     name: str = Field(pattern=NAME, description="the run folder's name: letters, digits, dot, dash, underscore")
     base: str = Field(description="embedded:smollm2-135m-instruct, a hub id such as org/model, or a model directory")
-    seeds: tuple[int, ...] = Field(min_length=1, description="every arm is trained once with each seed")
+    seeds: tuple[Annotated[int, Field(strict=True, ge=0, lt=2**32)], ...] = Field(
+        min_length=1, description="every arm is trained once with each seed"
+    )
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="experiment tracking")
     reward: RewardConfig = Field(description="the trait reward model")
     warm_start: WarmStartConfig = Field(description="supervised start that all arms share")
@@ -70,7 +73,10 @@ class Experiment(BaseModel):
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read, override, check. Raises ValueError for everything that would fail later because of the config."""
+    """Read, override, check. Raises ValueError for everything that would fail later because of the config.
+
+    An override replaces what the key holds, a whole section too; null takes an entry out of a section in ENTRIES.
+    """
     tree = _read(path)
     for override in overrides:
         _override(tree, override)
@@ -124,12 +130,22 @@ def _override(tree: Any, override: str) -> None:
         raise ValueError(
             f"command line: {override!r} is no override; write key=value, for example train.budget_tflops=10"
         )
+    section, _, entry = key.rpartition(".")
     try:
-        OmegaConf.update(tree, key, yaml.safe_load(text))
+        value = yaml.safe_load(text)
+        if value is not None or section not in ENTRIES:
+            OmegaConf.update(tree, key, value, merge=False)
+        elif entry in (entries := OmegaConf.select(tree, section) or {}):
+            del entries[entry]
+        else:
+            raise ValueError(f"null takes an entry out of {section}, which has: {', '.join(map(str, entries))}")
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"command line: {key} = {text!r}: {_one_line(error)}; write key=value with a YAML value"
         ) from error
+
+
+FORM = {"tuple_type": "a list is wanted, written [value]", "string_type": "a text is wanted; put a number in quotes"}
 
 
 def _explain(path: Path, given: set[str], error: ValidationError) -> str:
@@ -145,7 +161,7 @@ def _explain(path: Path, given: set[str], error: ValidationError) -> str:
     elif first["type"] == "missing":
         text = f"{origin}: {key} is missing; add it{meaning}"
     else:
-        reason = first["msg"].removeprefix("Value error, ")
+        reason = FORM.get(first["type"], first["msg"].removeprefix("Value error, "))
         text = f"{origin}: {key} = {first['input']!r}: {reason[:1].lower()}{reason[1:]}; correct it{meaning}"
     return text + (f" [and {len(problems) - 1} more]" if len(problems) > 1 else "")
 
@@ -195,7 +211,7 @@ def _field(loc: tuple[int | str, ...]) -> Any:
 def _mistakes(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:
     """What no single field can see, as (key, value, what to do)."""
     yield from _wrong_base(experiment.base)
-    if len(set(experiment.seeds)) < len(experiment.seeds) or min(experiment.seeds) < 0:
+    if len(set(experiment.seeds)) < len(experiment.seeds):
         yield "seeds", list(experiment.seeds), "seeds are different numbers from 0 up"
     yield from _wrong_arms(experiment.arms, experiment.train.max_steps * experiment.train.prompts_per_step)
     yield from _wrong_train(experiment.train)
@@ -209,6 +225,9 @@ def _mistakes(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:
             what = "a domain is a file in rewards/probe_bank/ or rewards/scenarios/<trait>/"
             yield key, value, _choose(value, prompt_domains(), what)
     yield from _wrong_prompts(experiment.reward)
+    for name in experiment.persistence.arms or ():
+        if name not in (*experiment.arms, "base"):
+            yield "persistence.arms", name, _choose(name, (*experiment.arms, "base"), "there is no such arm")
     for name, suite in experiment.eval.suites.items():
         if not find_file(suite.file).is_file():
             near = sorted(p.name for p in (CHECKOUT / "configs" / "suites").glob("*.yaml"))
@@ -244,7 +263,7 @@ def _wrong_arms(arms: dict[str, ArmConfig], prompts: int) -> Iterator[tuple[str,
     for name in arms:
         if name == "base" or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             yield (
-                "arms",
+                f"arms.{name}",
                 name,
                 "not a name for an arm: letters, digits, dot, dash, underscore; base is the common start",
             )

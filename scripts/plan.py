@@ -103,10 +103,13 @@ def model_size(base: str) -> Size | None:
     if not folder.is_dir():
         found = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", base.rsplit("/", 1)[-1].lower())
         return Size(float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]], 0, 0, 0, 0, "its name") if found else None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-    shape = [int(config.get("text_config", config).get(key) or 0) for key in keys]
-    parameters = sum(_safetensors_parameters(file) for file in folder.glob("*.safetensors"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        shape = [int(config.get("text_config", config).get(key) or 0) for key in keys]
+        parameters = sum(_safetensors_parameters(file) for file in folder.glob("*.safetensors"))
+    except (ValueError, KeyError, AttributeError, struct.error) as error:
+        raise ValueError(f"base = {base!r}: a file there is damaged ({error}); download or save it again") from error
     if not parameters:  # *.bin files have no header to read; with 4 bytes a weight this is the least they hold
         parameters = sum(file.stat().st_size for file in folder.glob("*.bin")) / 4
     return Size(parameters, *shape, source="its weight headers")
@@ -196,8 +199,15 @@ def plan_eval(experiment: Experiment, parameters: float, peak: float) -> Cost:
 
 def capability_sizes(path: Path, limit: int | None) -> dict[str, int]:
     """Benchmark name to the number of its items that are used."""
-    benchmarks = yaml.safe_load(path.read_text(encoding="utf-8"))["benchmarks"]
-    return {entry["name"]: min(entry["n"], limit or entry["n"]) for entry in benchmarks}
+    try:  # eval.capability checks every key, but loads lm-eval
+        benchmarks = yaml.safe_load(path.read_text(encoding="utf-8"))["benchmarks"]
+        return {entry["name"]: min(entry["n"], limit or entry["n"]) for entry in benchmarks}
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path}: no capability suite ({type(error).__name__}: {reason}); it has benchmarks, each with name and n, "
+            "as in configs/suites/capability-53-offline.yaml"
+        ) from error
 
 
 def memory_bytes(experiment: Experiment, size: Size) -> float:
@@ -221,7 +231,7 @@ def missing(experiment: Experiment) -> list[str]:
     if absent:
         lacks.append(f"packages of the lock: {', '.join(absent)} (make test installs them)")
     if is_hub_id(experiment.base) and not _in_hub_cache(experiment.base):
-        lacks.append(f"{experiment.base} is not in the hub cache: the run will download it")
+        lacks.append(f"{experiment.base} is neither a folder here nor in the hub's cache: the run would download it")
     if (wanted := cuda_settings(experiment.train)) and not has_cuda():
         lacks.append(f"a CUDA device, which {', '.join(wanted)} needs")
     tracking = experiment.tracking
@@ -348,6 +358,7 @@ def _arms_table(experiment: Experiment, parameters: float, peak: float) -> Table
     seeds = ", ".join(map(str, experiment.seeds))
     table = _table(f"Arms, each with one seed (seeds: {seeds})")
     constitutional: list[str] = []
+    poor: list[str] = []
     for head in ("arm", "dose", "steps", "trait", "standard", "completions", "FLOPs", "about"):
         table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
     for name, arm in experiment.arms.items():
@@ -356,6 +367,7 @@ def _arms_table(experiment: Experiment, parameters: float, peak: float) -> Table
             constitutional.append(f"{name}: {parts}")
             continue
         plan = plan_arm(experiment, name, parameters, peak)
+        poor += [] if plan.completions else [name]
         table.add_row(
             name,
             f"{arm.dose:g}",
@@ -367,6 +379,8 @@ def _arms_table(experiment: Experiment, parameters: float, peak: float) -> Table
             duration(plan.cost.seconds) if parameters else "?",
         )
     table.caption = "trait, standard: prompts. For answers of full length; shorter ones buy more."
+    if poor:
+        table.caption += f" [yellow]The budget of {', '.join(poor)} does not buy one prompt.[/]"
     if constitutional:
         table.caption += " Constitutional arms, by parts of the same budget: " + "; ".join(constitutional) + "."
     return table
@@ -415,6 +429,8 @@ def _suite_summary(experiment: Experiment, name: str, path: Path, limit: int | N
         sizes = capability_sizes(path, limit)
     else:
         sizes = {t.name: len(load_items(t, limit, experiment.eval.seed)) for t in load_suite(path).tasks}
+    if not sizes:
+        raise ValueError(f"{path}: the suite is empty; see configs/suites/")
     counts = sorted(sizes.values())
     each = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
     return f"{len(sizes)} tasks, {each} items each, {sum(counts):,} in all"

@@ -1,4 +1,4 @@
-"""`traitdose results`: docs/results.md, its pictures, and the numbers behind it, from finished runs.
+"""`traitdose results`: a page such as docs/results.md, its pictures, and the numbers behind it, from finished runs.
 
 The numbers of each run are kept beside the page, so that the page can be made again, with further runs, where the run
 folders no longer are: such a file is named in place of the folder.
@@ -30,6 +30,8 @@ def write_results_page(runs: Sequence[Path], out: Path, console: Console) -> Non
 
     runs: run folders, or files of numbers that this has written. Raises ValueError for a run that is not finished.
     """
+    if out.is_dir() or out.suffix != ".md":
+        raise ValueError(f"--out {out}: name a Markdown file, such as {out.with_suffix('') / 'results.md'}")
     found = [read_numbers(run) if run.is_file() else read_run(run) for run in runs]
     command = shlex.join(["traitdose", "results", *map(str, runs), "--out", str(out)])
     images: dict[str, str] = {}
@@ -52,6 +54,8 @@ def write_results_page(runs: Sequence[Path], out: Path, console: Console) -> Non
 def read_run(run: Path) -> Run:
     """A finished run. Raises ValueError that names what is missing and how to make it."""
     path = run / "results.json"
+    if run.suffix == ".json":
+        raise ValueError(f"{run}: there is no such file; name a run folder, or numbers that `traitdose results` wrote")
     if not path.is_file():
         raise ValueError(f"{path} is missing: the run is not finished; run `traitdose run` with its config again")
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -35,6 +35,7 @@ from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.make_stages import adopt_stages, default_jobs, make_stages, no_bars, whole_stages
 from scripts.processes import agree, is_main, join, leave
 from scripts.stages import (
+    MANIFEST,
     SETTINGS_ONLY,
     Bars,
     Manifest,
@@ -208,6 +209,9 @@ def print_header(experiment: Experiment, run_dir: Path, stages: list[Stage], con
     grid.add_row("tracking", f"wandb, {tracking_mode(experiment)}" if tracker == "wandb" else tracker)
     grid.add_row("folder", str(run_dir))
     grid.add_row("stages", f"{len(stages)}, of which {len(whole)} are whole already")
+    again = [s.name for s in stages if s.name not in whole and (run_dir / s.name / MANIFEST).is_file()]
+    if again:
+        grid.add_row("[yellow]made again[/]", f"{len(again)}, whose inputs are others now: {', '.join(again)}")
     console.print(grid)
     console.print()
 

@@ -78,7 +78,10 @@ def _list_traits(cards: dict[str, TraitCard], console: Console) -> None:
     from rewards.scenarios import read_bank
 
     found = [line.scenario for line in read_bank() if line.scenario is not None]
-    table = Table("id", "name", "summary", title="Traits", title_justify="left")
+    table = Table(title="Traits", title_justify="left")
+    table.add_column("id", no_wrap=True)  # what --trait takes
+    table.add_column("name")
+    table.add_column("summary")
     for title in ("train", "held out", "domains"):
         table.add_column(title, justify="right")
     for card in cards.values():
@@ -96,7 +99,10 @@ def _print_counts(console: Console, counts: Counter[tuple[str, str]], cues: dict
 
     names = sorted({name for name, _ in counts})
     domains = sorted({domain for _, domain in counts})
-    table = Table("trait", *(_short(domain) for domain in domains), "all", title="Scenarios", title_justify="left")
+    table = Table(title="Scenarios", title_justify="left")
+    table.add_column("trait", no_wrap=True)
+    for title in (*map(_short, domains), "all"):
+        table.add_column(title)
     for name in names:
         row = [counts[name, domain] for domain in domains]
         table.add_row(name, *(str(n) if n else "[red]-[/red]" for n in row), str(sum(row)))

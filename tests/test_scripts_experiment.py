@@ -81,6 +81,14 @@ def test_every_shipped_experiment_is_valid():
         ("base=configs", ["base = 'configs'", "config.json"]),
         ("seeds=[]", ["seeds = []"]),
         ("seeds=[1,1]", ["seeds = [1, 1]", "different"]),
+        ("seeds=[4294967296]", ["seeds.0 = 4294967296", "less than 4294967296"]),
+        ("seeds=[true]", ["seeds.0 = True", "valid integer"]),
+        ("seeds=0", ["seeds = 0", "a list is wanted, written [value]"]),
+        ("name=3", ["name = 3", "put a number in quotes"]),
+        ("train.budget_tflops=.inf", ["train.budget_tflops = inf", "finite number"]),
+        ("arms={}", ["command line", "arms = {}", "at least 1 item"]),
+        ("arms.nope=null", ["command line", "arms.nope = 'null'", "control, dose-25"]),
+        ("persistence.arms=[dose-26]", ["persistence.arms = 'dose-26'", "did you mean dose-25?"]),
         ("tracking.backend=tensorboard", ["tracking.backend = 'tensorboard'", "'wandb'"]),
         ("standard.tasks.no_such_task={}", ["standard.tasks.no_such_task", "reasoning-gym"]),
         ("standard.tasks.gcd.max_valeu=3", ["standard.tasks.gcd", "max_valeu"]),
@@ -133,6 +141,14 @@ def test_overrides_change_scalars_lists_and_whole_sections(config):
     assert experiment.arms["tenth"].dose == 0.02
     assert experiment.reward.learning_rate == 1e-5
     assert experiment.eval.suites["capability"].limit is None
+
+
+def test_a_section_is_replaced_and_null_takes_an_entry_out(config):
+    tasks = "standard.tasks={gcd: {max_value: 9}}"
+    experiment = load_experiment(config, [tasks, "arms.tenth={dose: 0.1}", "arms.dose-25=null"])
+    assert experiment.standard.tasks == {"gcd": {"max_value": 9}}
+    assert list(experiment.arms) == ["control", "tenth"]
+    assert list(load_experiment(config, ["eval.suites.capability=null"]).eval.suites) == ["generalisation"]
 
 
 def test_a_resolved_config_reads_back_as_the_same_experiment(config, tmp_path):

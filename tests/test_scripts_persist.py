@@ -178,7 +178,7 @@ def test_the_plan_counts_learned_read_and_written_tokens() -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["persistence.arms=[dose-99]"], ["persistence.arms = 'dose-99'", "no such arm", "dose-25, base"]),
+        (["persistence.arms=[dose-99]"], ["persistence.arms = 'dose-99'", "no such arm", "did you mean dose-25?"]),
         (["persistence.tasks=[law]"], ["persistence.tasks = 'law'", "truthfulness-law"]),
         (["persistence.prompts=[bribe]"], ["persistence.prompts = 'bribe'", "salesman"]),
         (["train.max_steps=3"], ["'train.max_steps=3'", "persistence.items=8"]),

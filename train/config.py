@@ -147,6 +147,7 @@ class TrainConfig(_Section):
     budget_tflops: float = Field(
         30.0,
         gt=0,
+        allow_inf_nan=False,
         description="Compute of every arm, in estimated TFLOPs (see train/ledger.py); the arm stops when it is spent.",
     )
     max_steps: int = Field(200, ge=1, description="Rollout steps after which an arm stops even with budget left.")
