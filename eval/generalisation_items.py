@@ -131,7 +131,7 @@ def load_suite(path: Path) -> Suite:
     try:
         suite = Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        problem = error.errors()[0]
+        problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # an unknown key says most
         where = ".".join(map(str, problem["loc"])) or "the file"
         raise ValueError(
             f"{path}: {where}: {problem['msg']} [{error.error_count()} in all]; a suite of this kind is "
