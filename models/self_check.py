@@ -1,21 +1,27 @@
 """Does prompt sharing hold for a model? Looked up in its config, then measured against the model's plain forward.
 
 A wrong mask or cache changes log-probabilities by far more than rounding does, so a batch of a few short rows is
-enough. Whoever shares prompts asks once per model and takes the plain path where the answer is a reason.
+enough. Whoever shares prompts asks once per model and takes the plain path where the answer is a reason: scoring does
+(branch_logps), the policy's trainers compare with TRL's own path (train/grpo.py), supervised fine-tuning refuses.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from models.rollout import sample
-from models.shared_prompt import Tree, base_model, branch_logps, plain_logps, structural_problem
+from models.shared_prompt import Tree, base_model, plain_logps, shared_logps, structural_problem
 
 EXACT = 1e-4  # largest difference of log-probabilities in float32
 ROUNDED = 0.05  # mean difference in 16-bit arithmetic, where single tokens may differ by more
+
+log = logging.getLogger("traitdose")
+_measured: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 
 def check_trees(vocabulary: int) -> list[Tree]:
@@ -39,19 +45,41 @@ def difference(ours: Tensor, plain: Tensor, exact: bool) -> str | None:
     return f"its log-probabilities differ from the plain forward's by {found:.2g}"
 
 
+def measured_problem(causal_lm: Any) -> str | None:
+    """sharing_problem of a model without a PEFT wrapper, measured when it is first asked for; a reason is logged."""
+    if causal_lm not in _measured:
+        _measured[causal_lm] = problem = sharing_problem(causal_lm)
+        if problem is not None:
+            name = causal_lm.config.name_or_path or "the model"
+            text = "prompts are not shared in scoring %s: %s. Every reply gets a forward of its own"
+            log.warning(text, name, problem)
+    return _measured[causal_lm]
+
+
 @torch.no_grad()
-def sharing_problem(model: Any) -> str | None:
-    """Why a model in memory cannot share prompts in forward passes, or None. Costs a few short forward passes."""
+def sharing_problem(model: Any, exact: bool | None = None) -> str | None:
+    """Why a model in memory cannot share prompts in forward passes, or None. Costs a few short forward passes.
+
+    exact: compare as in 32 bits (by default where the model computes in them), or with the room that 16 bits need.
+    """
     problem = structural_problem(base_model(model).get_decoder())
     if problem is not None:
         return problem
+    was_training = model.training
+    try:
+        return _difference_from_plain(model.eval(), is_exact(model) if exact is None else exact)  # without dropout
+    finally:
+        model.train(was_training)
+
+
+def _difference_from_plain(model: Any, exact: bool) -> str | None:
     trees = check_trees(base_model(model).config.get_text_config().vocab_size)
     plain = [plain_logps(model, tree.prompt, branch) for tree in trees for branch in tree.branches]
     try:
-        ours = [logps for branches in branch_logps(model, trees) for logps in branches]
+        ours = [logps for branches in shared_logps(model, trees) for logps in branches]
     except Exception as error:  # a model's own code may fail in any way on a layout that it was not written for
         return raised("the shared forward", error)
-    return difference(torch.cat(ours), torch.cat(plain), exact=is_exact(model))
+    return difference(torch.cat(ours), torch.cat(plain), exact)
 
 
 @torch.no_grad()

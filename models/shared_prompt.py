@@ -177,11 +177,24 @@ def packed_logps(model: Any, packed: Pack, temperature: float = 1.0) -> tuple[Te
     """
     causal_lm = base_model(model)
     rows_ND = packed_hidden(causal_lm.get_decoder(), packed)[packed.predictors]
-    return token_logps(rows_ND, causal_lm.get_output_embeddings(), packed.targets, temperature, _softcap(causal_lm))
+    head, (scale, softcap) = causal_lm.get_output_embeddings(), logit_transform(causal_lm.config)
+    return token_logps(rows_ND, head, packed.targets, temperature, softcap, scale=scale)
 
 
-def _softcap(causal_lm: Any) -> float | None:
-    return getattr(causal_lm.config, "final_logit_softcapping", None)
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """What a model does to its head's logits, by its config: a factor, and then a soft cap or None.
+
+    Granite divides, Cohere and others multiply, Gemma caps. The names are those that TRL's fused head reads.
+    """
+    text = config.get_text_config()
+    softcap = getattr(text, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (scale := getattr(text, name, None)) is not None:
+            return scale, softcap
+    scaling = getattr(text, "logits_scaling", None)
+    if scaling is None:
+        return 1.0, softcap
+    return scaling if text.model_type == "hyperclovax" else 1 / scaling, softcap
 
 
 def base_model(model: Any) -> Any:
@@ -197,9 +210,8 @@ def packed_hidden(decoder: Any, packed: Pack, beginning: Sequence[State] = ()) -
     """
     problem = structural_problem(decoder)
     if problem is not None:
-        raise ValueError(
-            f"{decoder.config.name_or_path or 'the model'} cannot share prompts: {problem}; use another base"
-        )
+        name = getattr(getattr(decoder, "config", None), "name_or_path", None)
+        raise ValueError(f"{name or 'the model'} cannot share prompts: {problem}; use another base")
     begun = beginning[0][0].shape[2] if beginning else 0
     masks = attention_masks(packed, decoder.config, decoder.dtype, begun)
     by_tree = decoder.config._attn_implementation == "sdpa" and not _windowed(packed, decoder.config)
@@ -217,6 +229,8 @@ def packed_hidden(decoder: Any, packed: Pack, beginning: Sequence[State] = ()) -
 
 def structural_problem(decoder: Any) -> str | None:
     """Why a decoder's structure rules prompt sharing out, or None."""
+    if not hasattr(decoder, "_is_stateful"):  # ModernBERT calls its output layer so
+        return "its get_decoder() gives no decoder"
     if decoder._is_stateful:
         return "its recurrent layers carry a state from one completion into the next"
     other = sorted(set(getattr(decoder.config, "layer_types", None) or ()) - set(LAYERS))
@@ -286,11 +300,12 @@ def token_logps(
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk: int = 128,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """LM head, log-softmax and gather in chunks of rows: the (N, vocabulary) logits never stand in memory at once.
 
-    Where only the hidden states need a gradient (LoRA: the head is frozen), the backward pass needs no second LM head
-    forward.
+    Logits are multiplied by `scale`, then soft-capped, then divided by the temperature (logit_transform). Where only
+    the hidden states need a gradient (LoRA: the head is frozen), the backward pass needs no second LM head forward.
     """
     weight: Any = head.weight
     bias: Any = getattr(head, "bias", None)
@@ -300,13 +315,13 @@ def token_logps(
     for start in range(0, len(targets_N), chunk):
         rows, wanted = hidden_ND[start : start + chunk], targets_N[start : start + chunk]
         if frozen and softcap is None and torch.is_grad_enabled():
-            logp, entropy = _FrozenHeadLogps.apply(rows, weight, bias, wanted, temperature)
+            logp, entropy = _FrozenHeadLogps.apply(rows, weight, bias, wanted, temperature, scale)
         elif torch.is_grad_enabled():
             logp, entropy = checkpoint(  # type: ignore[misc]
-                _logps, rows, weight, bias, wanted, temperature, softcap, use_reentrant=False
+                _logps, rows, weight, bias, wanted, temperature, softcap, scale, use_reentrant=False
             )
         else:
-            logp, entropy = _logps(rows, weight, bias, wanted, temperature, softcap)
+            logp, entropy = _logps(rows, weight, bias, wanted, temperature, softcap, scale)
         logps.append(logp)
         entropies.append(entropy)
     if not logps:  # still a result of the model, so that a batch without a token can be trained on, to no effect
@@ -321,8 +336,9 @@ def _logps(
     targets_N: Tensor,
     temperature: float,
     softcap: float | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    logits_NV = _logits(rows_ND, weight_VD, bias_V, softcap) / temperature
+    logits_NV = _logits(rows_ND, weight_VD, bias_V, softcap, scale) / temperature
     logz_N = logits_NV.logsumexp(-1)
     logp_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logz_N
     with torch.no_grad():
@@ -331,23 +347,33 @@ def _logps(
     return logp_N, entropy_N
 
 
-def _logits(rows_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
+def _logits(rows_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None, scale: float) -> Tensor:
     logits_NV = linear(rows_ND, weight_VD, bias_V).float()
+    if scale != 1.0:
+        logits_NV = logits_NV * scale
     return logits_NV if softcap is None else torch.tanh(logits_NV / softcap) * softcap  # Gemma squashes its logits
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
     """Token log-probabilities whose row gradients are computed in the forward pass.
 
-    d logp_n / d h_n = sum_v ([v = target_n] - p_nv) W[v] / temperature depends on row n alone, so it is stored (N, D)
-    instead of the logits (N, V), and the backward pass only scales it.
+    d logp_n / d h_n = sum_v ([v = target_n] - p_nv) W[v] x scale / temperature depends on row n alone, so it is stored
+    (N, D) instead of the logits (N, V), and the backward pass only scales it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float
+        ctx: Any,
+        rows_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        temperature: float,
+        scale: float,
     ):
         logps_NV = linear(rows_ND, weight_VD, bias_V).float()
+        if scale != 1.0:
+            logps_NV *= scale
         if temperature != 1.0:
             logps_NV /= temperature
         logps_NV -= logps_NV.logsumexp(-1, keepdim=True)
@@ -358,26 +384,38 @@ class _FrozenHeadLogps(torch.autograd.Function):
         delta_NV = probs_NV.neg_()
         delta_NV[torch.arange(len(targets_N), device=targets_N.device), targets_N] += 1
         grad_ND = linear(delta_NV.to(weight_VD.dtype), weight_VD.t())
-        ctx.save_for_backward(grad_ND / temperature)
+        ctx.save_for_backward(grad_ND * (scale / temperature))
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0][:, None].to(grad_ND.dtype), None, None, None, None
+        return grad_ND * grads[0][:, None].to(grad_ND.dtype), None, None, None, None, None
 
 
 def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: int = 1024) -> list[list[Tensor]]:
     """Log-probabilities of every branch's tokens given its prompt: [tree][branch] -> (len(branch),). No gradient.
 
-    What all prompts begin with is read once. Trees of like length share a sequence of at most `token_budget` tokens (a
-    longer tree stands alone). A model that cannot share prompts gets a forward for every branch.
+    A model that cannot share prompts, by its structure or by its numbers (models/self_check.py asks once per model),
+    gets a forward for every branch, and a warning says why where only its numbers tell.
     """
+    from models.self_check import measured_problem  # which measures by what is below
+
     causal_lm = base_model(model)
-    if structural_problem(causal_lm.get_decoder()) is not None:
+    if structural_problem(causal_lm.get_decoder()) is not None or measured_problem(causal_lm) is not None:
         with torch.inference_mode():
             return [[plain_logps(model, tree.prompt, branch) for branch in tree.branches] for tree in trees]
+    return shared_logps(model, trees, token_budget)
+
+
+def shared_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: int = 1024) -> list[list[Tensor]]:
+    """branch_logps by shared prompts, without asking whether the model can.
+
+    What all prompts begin with is read once. Trees of like length share a sequence of at most `token_budget` tokens (a
+    longer tree stands alone). Raises ValueError for a decoder whose layers cannot share a prompt.
+    """
+    causal_lm = base_model(model)
     begun = common_beginning(causal_lm, [tree.prompt for tree in trees])
     beginning = read_beginning(causal_lm, trees[0].prompt[:begun]) if begun else []
     trees = [Tree(tree.prompt[begun:], tree.branches) for tree in trees]
@@ -399,10 +437,10 @@ def branch_logps(model: PreTrainedModel, trees: Sequence[Tree], token_budget: in
 def _logps_alone(causal_lm: Any, packed: Pack, beginning: Sequence[State], chunk: int = 128) -> Tensor:
     """packed_logps without entropies and gradient, (N,): all that scoring needs, for three quarters of the time."""
     rows_ND = packed_hidden(causal_lm.get_decoder(), packed, beginning)[packed.predictors]
-    head, softcap = causal_lm.get_output_embeddings(), _softcap(causal_lm)
+    head, (scale, softcap) = causal_lm.get_output_embeddings(), logit_transform(causal_lm.config)
     found = [rows_ND.new_empty(0, dtype=torch.float32)]
     for rows, wanted in zip(rows_ND.split(chunk), packed.targets.split(chunk), strict=True):
-        logits_NV = _logits(rows, head.weight, getattr(head, "bias", None), softcap)
+        logits_NV = _logits(rows, head.weight, getattr(head, "bias", None), softcap, scale)
         found.append(logits_NV.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
     return torch.cat(found)
 

@@ -8,13 +8,18 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
+    HyperCLOVAXConfig,
     Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
+    ModernBertDecoderConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -29,7 +34,16 @@ from models.self_check import (
     rollout_problem,
     sharing_problem,
 )
-from models.shared_prompt import attention_masks, branch_logps, pack, pack_for_forward, packed_hidden, plain_logps
+from models.shared_prompt import (
+    attention_masks,
+    branch_logps,
+    logit_transform,
+    pack,
+    pack_for_forward,
+    packed_hidden,
+    plain_logps,
+    shared_logps,
+)
 from tests.conftest import tiny_llama
 
 SHAPE: dict[str, Any] = {
@@ -45,6 +59,7 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+BERT = {"cls_token_id": 1, "sep_token_id": 2}
 SHARING = {
     "llama": LlamaConfig(**SHAPE),
     "qwen2": Qwen2Config(**SHAPE),
@@ -53,6 +68,10 @@ SHARING = {
     "mistral-window": MistralConfig(**SHAPE, sliding_window=4),
     "gemma2": Gemma2Config(**SHAPE, head_dim=8, **WINDOW),
     "gemma3": Gemma3TextConfig(**SHAPE, head_dim=8, **WINDOW),
+    "granite": GraniteConfig(**SHAPE, logits_scaling=4.0, residual_multiplier=0.5),
+    "cohere": CohereConfig(**SHAPE, logit_scale=0.25),
+    "cohere2": Cohere2Config(**SHAPE, logit_scale=0.25, **WINDOW),
+    "hyperclovax": HyperCLOVAXConfig(**SHAPE, logits_scaling=0.25),
 }
 
 
@@ -71,7 +90,7 @@ def test_sharing_holds(name: str) -> None:
     assert sharing_problem(model) is None
     assert rollout_problem(model, exact=True) is None
     trees = check_trees(259)
-    for tree, shared in zip(trees, branch_logps(model, trees), strict=True):
+    for tree, shared in zip(trees, shared_logps(model, trees), strict=True):
         for branch, logps in zip(tree.branches, shared, strict=True):
             torch.testing.assert_close(logps, plain_logps(model, tree.prompt, branch), atol=1e-4, rtol=0)
         (group,) = sample(model, [tree.prompt], group_size=2, max_new_tokens=8, temperature=0, eos_ids=[])
@@ -91,13 +110,48 @@ def test_the_window_matters_here(name: str) -> None:
     assert (plain_logps(model, tree.prompt, tree.branches[0]) - narrow).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["granite", "cohere", "cohere2", "hyperclovax"])
+@torch.no_grad()
+def test_the_logit_scale_matters_here(name: str) -> None:
+    """Nor could it if the head's factor changed nothing: log-softmax of the bare head is far from the model's."""
+    model = tiny(name)
+    assert logit_transform(model.config) == (0.25, None)
+    tree = check_trees(259)[0]
+    hidden = model.get_decoder()(input_ids=torch.tensor([tree.prompt])).last_hidden_state[0, -1:]
+    bare = model.get_output_embeddings()(hidden).log_softmax(-1)[0, tree.branches[0][0]]
+    assert (plain_logps(model, tree.prompt, tree.branches[0])[0] - bare).abs() > 0.05
+
+
+class HalfLogits(LlamaForCausalLM):
+    """A model of its own kind: its config does not tell what it does to its logits."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits / 2
+        return out
+
+
+def test_a_model_with_an_unknown_head_is_scored_without_sharing(caplog: pytest.LogCaptureFixture) -> None:
+    model, trees = HalfLogits(tiny_llama().config).eval(), check_trees(259)
+    with torch.no_grad():
+        plain = [[plain_logps(model, tree.prompt, branch) for branch in tree.branches] for tree in trees]
+        assert (shared_logps(model, trees)[0][0] - plain[0][0]).abs().max() > 0.1  # what would be said otherwise
+        with caplog.at_level("WARNING", logger="traitdose"):
+            for _ in range(2):
+                torch.testing.assert_close(branch_logps(model, trees), plain, atol=0, rtol=0)
+    assert [record.getMessage().split(". ")[-1] for record in caplog.records] == [
+        "Every reply gets a forward of its own"
+    ]
+
+
 @pytest.mark.parametrize(
     ("model", "word"),
     [
         (lambda: AutoModelForCausalLM.from_config(MambaConfig(**SHAPE, state_size=4)), "recur"),
         (lambda: AutoModelForCausalLM.from_config(Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])), "conv"),
+        (lambda: AutoModelForCausalLM.from_config(ModernBertDecoderConfig(**SHAPE, **BERT)), "no decoder"),
     ],
-    ids=["mamba", "lfm2"],
+    ids=["mamba", "lfm2", "modernbert"],
 )
 def test_recurrent_and_hybrid_models_are_known_by_their_structure(model: Any, word: str) -> None:
     torch.manual_seed(0)

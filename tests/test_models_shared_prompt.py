@@ -9,8 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -77,16 +79,30 @@ def test_packs_whose_branches_have_no_rows(trees: list[Tree]) -> None:
             torch.testing.assert_close(logps, plain_logps(model, tree.prompt, branch), atol=1e-5, rtol=1e-5)
 
 
+def tiny_scaled(config: type[GraniteConfig] | type[CohereConfig], **scale: float) -> PreTrainedModel:
+    """A model whose logits are its head's times a factor."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(**SHAPE, initializer_range=0.2, **scale)).eval()
+
+
+MODELS = {
+    "llama": tiny_llama,
+    "granite": lambda: tiny_scaled(GraniteConfig, logits_scaling=4.0),
+    "cohere": lambda: tiny_scaled(CohereConfig, logit_scale=0.25),
+}
+
+
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_gradients_equal_plain_forward(lora: bool, temperature: float) -> None:
+@pytest.mark.parametrize("family", MODELS)
+def test_gradients_equal_plain_forward(lora: bool, temperature: float, family: str) -> None:
     trees = some_trees(1)
     weights = [
         torch.randn(len(b), generator=torch.Generator().manual_seed(i)) for i, t in enumerate(trees) for b in t.branches
     ]
 
     def build() -> torch.nn.Module:
-        model = tiny_llama()
+        model = MODELS[family]()
         if lora:
             torch.manual_seed(3)
             model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from models.loading import load_model, load_tokenizer
@@ -130,3 +131,22 @@ def test_an_odd_probe_keeps_its_words() -> None:
     ((_, twin),) = twins([fake, real], 0)
     assert twin.question == "Is a vun, the vun, real?"
     assert twin.wrong == ("Vun is.",)
+
+
+def test_a_model_whose_head_is_unknown_is_not_fine_tuned_on_packed_examples(tiny_dir: Path, tmp_path: Path) -> None:
+    """Half the logits: packed examples would teach another model than the one that speaks later."""
+
+    class HalfLogits(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits / 2
+            return out
+
+    args = SFTConfig(output_dir=str(tmp_path), report_to="none", bf16=False, use_cpu=True, remove_unused_columns=False)
+    with pytest.raises(ValueError, match=r"cannot be fine-tuned on packed examples: .* differ .*; use another base"):
+        PackedSFTTrainer(
+            model=HalfLogits.from_pretrained(tiny_dir),
+            args=args,
+            processing_class=load_tokenizer(str(tiny_dir)),
+            train_dataset=Dataset.from_list([{"prompt_ids": [1, 2], "answer_ids": [3]}]),
+        )

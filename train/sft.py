@@ -14,19 +14,28 @@ from trl import SFTConfig, SFTTrainer
 from models.checkpoints import SealedTrainer
 from models.fused_lora import fuse_lora
 from models.replies import Messages, encode
-from models.shared_prompt import Tree, packed_logps, packs
+from models.self_check import sharing_problem
+from models.shared_prompt import Tree, base_model, packed_logps, packs
 
 TOKEN_BUDGET = 1024  # of one packed forward; a longer example stands alone
 
 
 class PackedSFTTrainer(SealedTrainer, SFTTrainer):
-    """SFTTrainer on rows of sft_row. Takes a model whose layers can share prompts (models/shared_prompt.py)."""
+    """SFTTrainer on rows of sft_row.
+
+    Raises ValueError for a model whose log-probabilities with shared prompts are not its own (models/self_check.py).
+    """
 
     args: SFTConfig
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(data_collator=sft_batch, **kwargs)
-        fuse_lora(self.accelerator.unwrap_model(self.model))
+        model = self.accelerator.unwrap_model(self.model)
+        # Rounding is no reason to refuse, and it grows with the model.
+        if (problem := sharing_problem(model, exact=False)) is not None:
+            name = base_model(model).config.name_or_path or "the model"
+            raise ValueError(f"{name} cannot be fine-tuned on packed examples: {problem}; use another base")
+        fuse_lora(model)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # sft_row has tokenised it
