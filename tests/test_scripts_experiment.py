@@ -151,6 +151,18 @@ def test_a_section_is_replaced_and_null_takes_an_entry_out(config):
     assert list(load_experiment(config, ["eval.suites.capability=null"]).eval.suites) == ["generalisation"]
 
 
+@pytest.mark.parametrize("word", ["off", "'off'", "false"])
+def test_vllm_is_set_off_from_the_command_line_and_from_the_file(config, word):
+    """YAML 1.1 reads a bare `off` as False."""
+    assert load_experiment(config, [f"train.vllm={word}"]).train.vllm == "off"
+    text = config.read_text()
+    config.write_text(text.replace("\ntrain:\n", f"\ntrain:\n  vllm: {word}\n"))
+    assert config.read_text() != text
+    assert load_experiment(config).train.vllm == "off"
+    assert load_experiment(config, ["train.vllm=colocate"]).train.vllm == "colocate"
+    assert "train.vllm = True" in run(str(config), "train.vllm=on")
+
+
 def test_a_resolved_config_reads_back_as_the_same_experiment(config, tmp_path):
     experiment = load_experiment(config, ["train.max_steps=7"])
     copy = tmp_path / "config.yaml"

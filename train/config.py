@@ -241,6 +241,11 @@ class TrainConfig(_Section):
         """
         return self.prompt_sharing and self.algorithm != "ppo" and not self.measures_kl
 
+    @field_validator("vllm", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # as YAML 1.1 reads it
+
     @field_validator(
         "critic", "critic_learning_rate", "value_warmup_steps", "value_clip", "gamma", "gae_lambda", "epochs",
         "minibatches", "clip", "whiten_advantages",
