@@ -15,7 +15,7 @@ from rewards.reward_model import RewardModel
 from tests.conftest import REWARD, STANDARD
 from train.config import ArmConfig, TrainConfig
 from train.ledger import Ledger
-from train.policy import Journal, train_policy
+from train.policy import Journal, read_rollouts, train_policy
 
 TRAIN = TrainConfig(max_steps=4, prompts_per_step=4, group_size=2, max_new_tokens=4, lora_rank=2, save_every=2)
 
@@ -114,6 +114,22 @@ def test_a_saved_reward_model_scores_as_the_fitted_one(stages: Path) -> None:
         model.raw_scores([p], [a])[0] for p, a in ((prompt, "Pain."), (other, "A hormone."), (prompt, "I don't know."))
     ]
     assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_texts_that_look_like_numbers_or_dates_stay_texts(tmp_path: Path) -> None:
+    rows = [
+        {"step": 0, "prompt_id": "007", "completion": "1e3", "prompt": "2020-01-01", "proxy": 1, "gold": None},
+        {"step": 1, "prompt_id": "010", "completion": "42", "prompt": "2021-01-01", "proxy": 0.5, "gold": None},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_rollouts(tmp_path / "rows.jsonl").to_parquet(tmp_path / "rows.parquet")
+    table = pd.read_parquet(tmp_path / "rows.parquet")
+    assert table[["prompt_id", "completion", "prompt"]].values.tolist() == [
+        ["007", "1e3", "2020-01-01"],
+        ["010", "42", "2021-01-01"],
+    ]
+    assert table["proxy"].tolist() == [1.0, 0.5]
+    assert (table["gold"].dtype, table["gold"].isna().all(), table["step"].tolist()) == (float, True, [0, 1])
 
 
 @pytest.mark.parametrize(("scheduler", "rates"), [("linear", [0.375, 0.5, 0.0]), ("constant", [0.5, 1.0, 1.0])])

@@ -401,7 +401,7 @@ class Journal(TrainerCallback):
         """Turn the journal into rollouts.parquet, steps.parquet and, last, ledger.json."""
         ledger = self.ledger.to_json()
         if self.main:
-            rollouts = pd.read_json(self.rows, lines=True)
+            rollouts = read_rollouts(self.rows)
             rollouts.to_parquet(self.out / "rollouts.parquet")
             step_table(rollouts, log_history).to_parquet(self.out / "steps.parquet")
             write_whole(self.out / "ledger.json", json.dumps(ledger, indent=1))
@@ -410,6 +410,14 @@ class Journal(TrainerCallback):
 
     def _decode(self, completion_ids: list[list[int]]) -> list[str]:
         return self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+
+def read_rollouts(path: Path) -> pd.DataFrame:
+    """The journal's rows. Texts stay texts: pandas' own reader of JSON would make the number 7 of a reply "007"."""
+    with path.open(encoding="utf-8") as lines:
+        rollouts = pd.DataFrame([json.loads(line) for line in lines])
+    scores = [name for name in rollouts if name in ("proxy", "gold") or str(name).startswith("reward_")]
+    return rollouts.astype(dict.fromkeys(scores, float))  # one without any value, too
 
 
 def whole_lines(path: Path, before: int) -> list[str]:
