@@ -168,10 +168,15 @@ def draw(
     """One token per row from softmax(logits / temperature), and its log-probability there, (B,) each.
 
     The noise, one number a row, comes from one generator, or from one for each row. At temperature 0 the token is the
-    most likely one, and the log-probability that at temperature 1.
+    most likely one, and the log-probability that at temperature 1. Raises ValueError for logits that are NaN or +inf.
     """
     scaled_BV = logits_BV.float() if temperature in (0, 1) else logits_BV.float() / temperature
     probs_BV = scaled_BV.softmax(-1)
+    if probs_BV[:, 0].isnan().any():  # one such logit makes all of its row NaN
+        raise ValueError(
+            "the model's logits are not finite: its weights are broken or its numbers overflow; start again from whole "
+            "weights, with a lower learning rate or in a wider dtype"
+        )
     if temperature == 0:
         tokens_B = logits_BV.argmax(-1)
     elif isinstance(generator, Sequence):

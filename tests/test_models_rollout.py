@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+import pytest
 import torch
 from scipy import stats
 from transformers import LlamaForCausalLM
@@ -53,6 +54,18 @@ def test_sampled_second_token_has_the_models_distribution(tiny_model: LlamaForCa
         observed = torch.cat([counts[common], counts[~common].sum()[None]])
         theory = torch.cat([expected[common], expected[~common].sum()[None]])
         assert stats.chisquare(observed.numpy(), theory.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_model_is_told_in_a_line(temperature: float, broken: float) -> None:
+    """Minus infinity is no fault: such a token is never drawn."""
+    logits = torch.tensor([[0.0, -torch.inf, 1.0], [0.0, 1.0, 2.0]])
+    assert draw(logits, temperature)[0].shape == (2,)
+    logits[1, 2] = broken
+    with pytest.raises(ValueError, match=r"logits are not finite: .*; start again") as error:
+        draw(logits, temperature)
+    assert "\n" not in str(error.value)
 
 
 def test_a_draw_inverts_the_distribution() -> None:

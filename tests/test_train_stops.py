@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -171,15 +173,50 @@ def test_a_warning_lets_the_arm_go_on(stages: Path, tmp_path: Path, monkeypatch:
     assert [alert["step"] for alert in ledger["alerts"]] == [1]  # said once
 
 
+@pytest.mark.parametrize(
+    ("settings", "factor", "broken"),
+    [({}, 1e38, ["grad_norm"]), (PPO | {"value_warmup_steps": 0}, float("inf"), ["grad_norm", "loss"])],
+    ids=["grpo", "ppo"],
+)
+def test_an_update_that_is_not_finite_is_left_out(
+    stages: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    factor: float,
+    broken: list[str],
+) -> None:
+    """Rewards beyond all numbers at step 1 alone: the weights stay, and the steps after it are as usual."""
+    pay(monkeypatch, lambda step, value: value * factor if step == 1 and value else value)
+    fast: dict[str, Any] = {"learning_rate": 0.02, "warmup_steps": 0, "save_every": 1}
+    tolerant = {"non_finite": {"threshold": 1}, "sampling_gap": {"threshold": None}}
+    ledger = train(stages, tmp_path / "arm", **(settings | fast), watch={**tolerant, "window": 4})
+    assert ledger["ended"]["by"] == "train.max_steps"
+    assert [alert for alert in ledger["alerts"] if alert["watcher"] == "non_finite"] == []
+    table = pd.read_parquet(tmp_path / "arm" / "steps.parquet")
+    assert (~np.isfinite(table[broken])).all(axis=1).tolist() == [False, True, False, False]
+    assert np.isfinite(table[["loss", "grad_norm"]]).all(axis=1).tolist() == [True, False, True, True]
+    name = CRITIC if settings else FILE
+    saved = [load_file(tmp_path / "arm" / "checkpoints" / f"checkpoint-{step}" / name) for step in (1, 2, 3)]
+    assert all(saved[1][key].equal(saved[0][key]) for key in saved[0])
+    assert not all(saved[2][key].equal(saved[1][key]) for key in saved[0])
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "arm").values())
+
+
 def lose_rewards_from(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The paying functions give no score from a step on, as a judge that is out of reach."""
+    pay(monkeypatch, lambda at, value: None if at >= step else value)
+
+
+def pay(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, float | None], float | None]) -> None:
+    """The paying functions pay change(step, score) where they would pay a score."""
     real = policy.reward_functions
 
     def failing(*args: Any) -> list[Any]:
         def wrap(function: Any) -> Any:
             def scores(*rest: Any, trainer_state: Any, **columns: Any) -> list[float | None]:
                 values = function(*rest, trainer_state=trainer_state, **columns)
-                return [None] * len(values) if trainer_state.global_step >= step else values
+                return [change(trainer_state.global_step, value) for value in values]
 
             scores.__name__ = function.__name__
             return scores

@@ -43,7 +43,10 @@ class _Watcher(_Section):
 
 
 class NonFiniteWatcher(_Watcher):
-    """Loss, gradient norm or reward is NaN or infinite, or a completion has no reward at all."""
+    """Loss, gradient norm or reward is NaN or infinite, or a completion has no reward at all.
+
+    An update whose gradient is not finite is left out, whatever the action.
+    """
 
     action: Literal["warn", "stop"] = Field(default="stop", description="warn or stop, as for every watcher.")
     threshold: int | None = Field(default=0, ge=0, description="Steps of that kind that are tolerated; null: off.")

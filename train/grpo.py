@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -300,6 +302,19 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
             ]
         return self._buffered_inputs[self._step % self.parts]
 
+    # -- the update
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The gradient's norm, as it is logged; where it is not finite, the step that follows changes nothing."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        drop_broken(norm, model.parameters())
+        return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if not torch.isfinite(tr_loss):
+            tr_loss.zero_()  # the running loss: less itself, NaN stays NaN in every later step
+
     # -- the loss, and what is logged beside it
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -448,6 +463,20 @@ def total_rewards(rewards_BF: Tensor, weights_F: Tensor) -> Tensor:
     weights_F = weights_F.to(rewards_BF.device)
     paid_B = (~rewards_BF.isnan() & (weights_F != 0)).any(1)
     return (rewards_BF * weights_F).nansum(1).masked_fill(~paid_B, torch.nan)
+
+
+def drop_broken(norm: Any, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Forget gradients whose norm is NaN or infinite: an optimizer leaves what has no gradient as it is.
+
+    One such update would make every weight NaN. The step is still counted, and train.watch.non_finite sees its norm.
+    DeepSpeed has taken its update by then, and gives no norm before its first.
+    """
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # a process may hold its own part of it
+    if norm is None or math.isfinite(float(norm)):
+        return
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def plain_sampling(config: Any) -> bool:

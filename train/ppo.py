@@ -24,7 +24,7 @@ from torch import Tensor
 from models.shared_prompt import Pack, pack, packed_hidden
 from train.batches import tree_runs, whole_rows
 from train.config import TrainConfig
-from train.grpo import SharedPromptGRPOTrainer, step_seed
+from train.grpo import SharedPromptGRPOTrainer, drop_broken, step_seed
 
 CRITIC = "critic.safetensors"
 
@@ -150,7 +150,8 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
         losses: list[Tensor] = []
         for i, part in enumerate(self._minibatches(batch)):
             if i:
-                self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+                norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+                drop_broken(norm, model.parameters())
                 optimizer.step()
             optimizer.zero_grad()
             with self.compute_loss_context_manager():
@@ -195,7 +196,7 @@ class SharedPromptPPOTrainer(SharedPromptGRPOTrainer):
             for parameter in parameters:
                 gradient: Any = parameter.grad
                 parameter.grad = self.reduced(gradient, "mean")
-        torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        drop_broken(torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm), parameters)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The policy's optimizer with a group for the critic, so that checkpoints and schedules hold both."""
