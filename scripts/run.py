@@ -33,7 +33,7 @@ from scripts.environment import set_environment
 from scripts.evals import check_run
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.make_stages import adopt_stages, default_jobs, make_stages, no_bars, whole_stages
-from scripts.processes import agree, is_main, join, leave
+from scripts.processes import agree, count, is_main, join, leave
 from scripts.stages import (
     MANIFEST,
     SETTINGS_ONLY,
@@ -45,7 +45,7 @@ from scripts.stages import (
     write_text,
 )
 from scripts.tracking import run_name, tracked, tracking_mode
-from train.config import TrainConfig, cuda_settings
+from train.config import TrainConfig, check_step, cuda_settings
 
 ITEM_COLUMNS = (
     "arm", "seed", "suite", "task", "trait", "domain", "heldout", "family", "item", "kind", "metric", "value",
@@ -109,10 +109,12 @@ def run_experiment(
     """Run or continue the experiment, up to `jobs` stages side by side (None: default_jobs()); returns its results.
 
     Stages that the run `reuse` has made from the same inputs are copied. Raises ValueError for a folder in use, a full
-    disk, or data and models that are not there. Whatever else goes wrong in a stage is written to <run_dir>/error.log
-    and passes through. Of several processes the main one does all this; the others train with it, and return nothing.
+    disk, a step that the processes cannot share, or data and models that are not there. Whatever else goes wrong in a
+    stage is written to <run_dir>/error.log and passes through. Of several processes the main one does all this; the
+    others train with it, and return nothing.
     """
     set_environment(experiment, run_dir)
+    check_step(experiment.train, count())
     check_devices(experiment.train)
     join()
     if not is_main():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from scripts.cli import app
 from scripts.experiment import CHECKOUT, load_experiment
-from train.config import cuda_settings
+from train.config import check_step, cuda_settings
 from train.policy import grpo_config
 
 EXPERIMENTS = sorted((CHECKOUT / "configs" / "experiments").glob("*.yaml"))
@@ -114,3 +115,50 @@ def test_launch_examples_name_what_exists() -> None:
         for word in text.replace("\\\n", " ").split():
             if word.startswith(("configs/", "requirements/", "scripts/")):
                 assert (CHECKOUT / word.strip(".,:")).exists(), word
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of a header, an indent behind its #, and of a script, each as its words."""
+    lines = re.sub(r"\\\n#? *", " ", text).splitlines()
+    return [line.lstrip("# ").split() for line in lines if re.match(r"(#   |    )\S", line)]
+
+
+def check_words(words: list[str], processes: int) -> None:
+    """Check the step of the experiment that a command runs, with the settings that it gives."""
+    (config,) = (word for word in words if word.startswith("configs/experiments/"))
+    overrides = [word for word in words if word.startswith("train.")]
+    check_step(load_experiment(CHECKOUT / config, overrides).train, processes)
+
+
+def test_every_shipped_launch_shares_its_step_out_in_whole_groups() -> None:
+    """Else it would fail where the training begins, hours after its start."""
+    checked = 0
+    for text in (*map(Path.read_text, ACCELERATE.values()), (CHECKOUT / "README.md").read_text()):
+        for words in commands(text):
+            if words[:2] == ["accelerate", "launch"] or words[:1] == ["ACCELERATE_USE_CPU=true"]:
+                default = yaml.safe_load((CHECKOUT / words[words.index("--config_file") + 1]).read_text())
+                own = words[words.index("--num_processes") + 1] if "--num_processes" in words else None
+                check_words(words, int(own or default["num_processes"]))
+                checked += 1
+    slurm = (LAUNCH / "slurm.sh").read_text()
+    nodes, gpus = (int(re.findall(rf"#SBATCH --{key}=(\d+)", slurm)[0]) for key in ("nodes", "gpus-per-node"))
+    (submit,) = (words for words in commands(slurm) if words[0] == "sbatch")
+    check_words(submit, nodes * gpus)
+    sky = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert "run $CONFIG $OVERRIDES" in sky["run"]
+    processes = sky["num_nodes"] * int(sky["resources"]["accelerators"].split(":")[1])
+    check_words([sky["envs"]["CONFIG"], *sky["envs"]["OVERRIDES"].split()], processes)
+    assert (checked, nodes * gpus, processes) == (len(ACCELERATE) + 2, 16, 16)
+
+
+def test_a_step_that_does_not_divide_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    config = str(CHECKOUT / "configs" / "experiments" / "gpu-7b.yaml")
+    result = CliRunner().invoke(app, ["run", config, "tracking.backend=none", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert "train.prompts_per_step = 32: does not divide among 16 processes x 4 micro-batches" in line
+    assert "use a multiple of 64, or fewer train.micro_batches" in line
+    assert not (tmp_path / "run").exists()

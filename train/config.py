@@ -318,6 +318,17 @@ class ArmConfig(_Section):
     )
 
 
+def check_step(train: TrainConfig, processes: int) -> None:
+    """Raises ValueError if a step cannot be shared out among the processes and micro-batches in whole groups."""
+    parts = processes * train.micro_batches
+    if train.prompts_per_step % parts:
+        raise ValueError(
+            f"train.prompts_per_step = {train.prompts_per_step}: does not divide among {processes} processes x "
+            f"{train.micro_batches} micro-batches in whole groups; use a multiple of {parts}, or fewer "
+            "train.micro_batches"
+        )
+
+
 def cuda_settings(train: TrainConfig) -> list[str]:
     """The settings, as key = value, that only a CUDA device can follow."""
     wanted = {

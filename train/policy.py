@@ -23,7 +23,7 @@ from rewards.compose import reward_functions
 from rewards.config import RewardConfig
 from rewards.fit import load_reward_models
 from rewards.reward_model import RewardModel
-from train.config import ArmConfig, StandardMixConfig, TrainConfig
+from train.config import ArmConfig, StandardMixConfig, TrainConfig, check_step
 from train.grpo import SharedPromptGRPOTrainer
 from train.ledger import Ledger, Passes
 from train.mix import build_mix
@@ -195,12 +195,8 @@ def grpo_config(
             "vllm_tensor_parallel_size": cfg.vllm_tensor_parallel,
         }
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_step(cfg, processes)
     parts = processes * cfg.micro_batches
-    if cfg.prompts_per_step % parts:
-        raise ValueError(
-            f"train.prompts_per_step = {cfg.prompts_per_step}: does not divide among {processes} processes x "
-            f"{cfg.micro_batches} micro-batches in whole groups; use a multiple of {parts}"
-        )
     # The newest checkpoint from before a window must still be there when a watcher stops the arm.
     checkpoints = 1 + math.ceil(cfg.watch.window / cfg.save_every)
     return GRPOConfig(

@@ -1,8 +1,9 @@
 #!/bin/bash
 # Two machines of 8 GPUs under Slurm: one task a machine starts accelerate, which starts one process a GPU.
 #
-#   sbatch scripts/launch/slurm.sh configs/experiments/gpu-7b.yaml [key=value ...]
+#   sbatch scripts/launch/slurm.sh configs/experiments/gpu-7b.yaml train.micro_batches=2 [key=value ...]
 #
+# 16 processes x 2 micro-batches share the 32 prompts of a step: train.prompts_per_step is a multiple of their product.
 # Submit from the checkout, on a file system that all machines see; .venv holds requirements/gpu.lock. Submit the same
 # command again to go on after a time limit: finished stages are skipped, the training goes on from its last checkpoint.
 #
