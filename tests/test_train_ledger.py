@@ -60,6 +60,30 @@ def test_affordable_groups_by_hand() -> None:
     assert ledger.affordable(["standard"], 120) == 1  # a step is never empty
 
 
+def test_a_source_without_a_cost_counts_as_the_mean_group() -> None:
+    ledger = Ledger(n_policy=1, n_reward=1, shared=True)
+    ledger.add("standard", 5, [5], scored=False)  # 80 FLOPs
+    ledger.add("standard", 5, [0], scored=False)  # 40: a mean of 60
+    assert ledger.affordable(["trait", "trait", "trait"], 120 + 89) == 1
+    assert ledger.affordable(["trait", "trait", "trait"], 120 + 91) == 2
+    assert ledger.affordable(["standard", "trait"], 120 + 91) == 2
+
+
+def test_groups_are_affordable_in_as_many_as_share_a_step() -> None:
+    ledger = Ledger(n_policy=1, n_reward=1, shared=True)
+    ledger.add("trait", 5, [5], scored=False)  # 80 FLOPs
+    ledger.add("standard", 5, [0], scored=False)  # 40
+    coming = ["standard", "trait"] * 3  # 120 for every two
+    assert ledger.affordable(coming, 120 + 120 + 59, parts=2) == 2
+    assert ledger.affordable(coming, 120 + 120 + 61, parts=2) == 4
+    assert ledger.affordable(coming, 120, parts=2) == 2  # no part of a step is empty
+    assert ledger.affordable(coming, 1000, parts=2) == 6
+    assert not ledger.exhausted(120 + 60, parts=2)  # two mean groups take 120
+    assert ledger.exhausted(120 + 59, parts=2)
+    assert not ledger.exhausted(120 + 30)
+    assert ledger.exhausted(120 + 29)
+
+
 def test_affordable_groups_in_tokens_by_hand() -> None:
     ledger = Ledger(n_policy=1, n_reward=1, shared=True)
     ledger.add("trait", 5, [6, 4], scored=False)  # 10 sampled tokens

@@ -88,12 +88,13 @@ def test_the_control_needs_no_trait_prompt(stages: Path, tmp_path: Path) -> None
     assert ledger["standard"]["prompts"] == 16
 
 
-def test_an_arm_ends_at_its_budget(stages: Path, tmp_path: Path) -> None:
-    """Control and dose spend the same within a group's cost, in different numbers of steps."""
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_arm_ends_at_its_budget(stages: Path, tmp_path: Path, parts: int) -> None:
+    """Control and dose spend the same within half the groups of a part, in different numbers of steps."""
     budget = train(stages, tmp_path / "free")["total"]["flops"] * 0.8
     spent = {}
     for dose in (0.0, 0.5):
-        config = TRAIN.model_copy(update={"budget_tflops": budget / 1e12, "max_steps": 40})
+        config = TRAIN.model_copy(update={"budget_tflops": budget / 1e12, "max_steps": 40, "micro_batches": parts})
         out = tmp_path / f"dose-{dose}"
         out.mkdir()
         ledger = train_policy(
@@ -101,8 +102,10 @@ def test_an_arm_ends_at_its_budget(stages: Path, tmp_path: Path) -> None:
         )
         spent[dose] = ledger["total"]["flops"]
         largest = max(ledger[s]["flops"] / ledger[s]["prompts"] for s in ("trait", "standard") if ledger[s]["prompts"])
-        assert abs(spent[dose] - budget) < 1.5 * largest
+        assert abs(spent[dose] - budget) < (parts / 2 + 1) * largest
         assert ledger["steps"] < 40
+        last = pd.read_parquet(out / "rollouts.parquet").query(f"step == {ledger['steps'] - 1}")
+        assert last["position"].nunique() % parts == 0
 
 
 def test_a_saved_reward_model_scores_as_the_fitted_one(stages: Path) -> None:

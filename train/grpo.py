@@ -52,7 +52,8 @@ log = logging.getLogger("traitdose")
 class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
     """GRPOTrainer whose groups share their prompt, in rollouts and updates.
 
-    `keep(prompts)` says how many of a step's groups are still affordable, and
+    `keep(prompts)` says how many of a step's groups are still affordable (rounded down to a multiple of the processes x
+    micro-batches that share the step, but for the first of these), and
     `record(step, inputs, prompt_ids, completion_ids, rewards (B, functions), advantages (B,))` is called after every
     rollout batch. With several processes, both see the whole step in every process, and must do the same in each.
     `save(folder)` adds the caller's files to a checkpoint, in the main process; `fall_back(reason)` is called once if

@@ -107,27 +107,32 @@ class Ledger:
         """Spent so far, in a unit of an account."""
         return sum(getattr(account, unit) for account in self.accounts.values())
 
-    def affordable(self, sources: Sequence[str], budget: float, unit: str = "flops") -> int:
-        """How many of the coming groups the rest of the budget pays for, at the mean cost of their source; at least 1.
+    def affordable(self, sources: Sequence[str], budget: float, unit: str = "flops", parts: int = 1) -> int:
+        """How many of the coming groups the rest of the budget pays for: a multiple of `parts`, and at least that.
 
-        All of them while a source has no cost yet. So an arm ends within half a group of its budget, not half a step.
+        A group counts at its source's mean cost, or at that of all groups while its source has none. Before the first
+        step nothing has a cost, and all are taken. A step is trained in `parts` (processes x micro-batches) of as many
+        groups each; so an arm that is not over after its first step ends within about half of `parts` groups of its
+        budget, where costs vary as they did.
         """
-        left = budget - self.spent(unit)
-        for k, source in enumerate(sources):
-            account = self.accounts[source]
-            if account.prompts == 0:
-                return len(sources)
-            cost = getattr(account, unit) / account.prompts
+        prompts = sum(account.prompts for account in self.accounts.values())
+        if prompts == 0:
+            return len(sources)
+        left, mean = budget - self.spent(unit), self.spent(unit) / prompts
+        seen = {name: account for name, account in self.accounts.items() if account.prompts}
+        costs = {name: getattr(account, unit) / account.prompts for name, account in seen.items()}
+        for k in range(0, len(sources), parts):
+            cost = sum(costs.get(source, mean) for source in sources[k : k + parts])
             if left < cost / 2:
-                return max(1, k)
+                return max(parts, k)
             left -= cost
         return len(sources)
 
-    def exhausted(self, budget: float, unit: str = "flops") -> bool:
-        """Whether less is left than half of a group's mean cost."""
+    def exhausted(self, budget: float, unit: str = "flops", parts: int = 1) -> bool:
+        """Whether less is left than half of the mean cost of `parts` groups, the fewest that a step can have."""
         spent = self.spent(unit)
         group = spent / sum(account.prompts for account in self.accounts.values())
-        return spent + group / 2 > budget
+        return spent + parts * group / 2 > budget
 
     def to_json(self) -> dict[str, Any]:
         """The contract of ledger.json."""

@@ -92,6 +92,7 @@ def train_policy(
         cfg,
         progress=progress,
         main=main,
+        parts=args.world_size * cfg.micro_batches,
     )
     trainer = make_trainer(
         cfg,
@@ -240,7 +241,8 @@ class Journal(TrainerCallback):
     """Keeps every rollout with every component score, and the ledger; stops the arm when a budget is spent.
 
     Rows are appended to rollouts.jsonl step by step; a resumed run first drops the rows of steps that it will take
-    again. With several processes, each keeps the same ledger, so that all stop at once; `main` alone writes.
+    again. With several processes, each keeps the same ledger, so that all stop at once; `main` alone writes. `parts`
+    (processes x micro-batches) share a step out in whole groups.
     """
 
     def __init__(
@@ -251,9 +253,10 @@ class Journal(TrainerCallback):
         cfg: TrainConfig,
         progress: Callable[[int, int], None] | None = None,
         main: bool = True,
+        parts: int = 1,
     ) -> None:
         self.out, self.ledger, self.components, self.cfg = out, ledger, components, cfg
-        self.group_size, self.progress, self.main = cfg.group_size, progress, main
+        self.group_size, self.progress, self.main, self.parts = cfg.group_size, progress, main, parts
         # (config key, budget, unit of the ledger's accounts)
         self.budgets = [("train.budget_tflops", cfg.budget_tflops * 1e12, "flops")]
         if cfg.max_tokens is not None:
@@ -324,7 +327,7 @@ class Journal(TrainerCallback):
     def keep(self, prompts: list[dict[str, Any]]) -> int:
         """How many of a step's prompts the rest of every budget pays for."""
         sources = [prompt["source"] for prompt in prompts]
-        return min(self.ledger.affordable(sources, budget, unit) for _, budget, unit in self.budgets)
+        return min(self.ledger.affordable(sources, budget, unit, self.parts) for _, budget, unit in self.budgets)
 
     def steps(self, log_history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         """The step table up to the step that was logged last; in the main process."""
@@ -366,7 +369,7 @@ class Journal(TrainerCallback):
         if self.progress is not None:
             self.progress(min(round(100 * self.spent_share()), 100), 100)
         for key, budget, unit in self.budgets:
-            if self.ledger.exhausted(budget, unit):
+            if self.ledger.exhausted(budget, unit, self.parts):
                 self._end(control, key, f"{self.ledger.spent(unit):.4g} {unit.replace('_', ' ')} of {budget:.4g} spent")
         if state.global_step >= self.cfg.max_steps:
             self._end(control, "train.max_steps", f"{state.global_step} steps taken")
