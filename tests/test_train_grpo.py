@@ -31,6 +31,7 @@ def build(
     noise: Any = "step",
     token_budget: int = 64,
     fall_back: Any = None,
+    canary: bool = False,
     rewards: list[Any] | None = None,
     **config: Any,
 ) -> SharedPromptGRPOTrainer:
@@ -71,6 +72,7 @@ def build(
         share=share,
         noise=noise,
         fall_back=fall_back,
+        canary=canary,
     )
 
 
@@ -271,7 +273,7 @@ def test_a_model_that_cannot_share_falls_back_and_says_so(tmp_path: Path, caplog
     tiny_tokenizer().save_pretrained(folder)
     weights, reasons = [], []
     for share in (True, False):
-        trainer = build(folder, tmp_path / str(share), share, False, fall_back=reasons.append)
+        trainer = build(folder, tmp_path / str(share), share, False, fall_back=reasons.append, canary=True)
         with caplog.at_level(logging.WARNING, "traitdose"):
             trainer.train()
         assert not trainer.share
@@ -279,6 +281,9 @@ def test_a_model_that_cannot_share_falls_back_and_says_so(tmp_path: Path, caplog
     assert all(weight.equal(weights[1][name]) for name, weight in weights[0].items())
     assert len(reasons) == 1
     assert "conv" in reasons[0]
+    assert reasons[0].endswith("so train.watch.sampling_gap sees nothing and cannot stop the arm)")
+    assert caplog.text.count("train.watch.sampling_gap sees nothing") == 2  # with either reason not to share
+    assert "sampling/sampling_logp_difference/mean" not in set().union(*trainer.state.log_history)
     assert caplog.text.count("prompt sharing is off for") == 1
     assert "lfm2" in caplog.text
 

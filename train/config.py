@@ -106,7 +106,11 @@ class LengthDriftWatcher(_Watcher):
 
 
 class SamplingGapWatcher(_Watcher):
-    """Sampling and training disagree about the same tokens: the sampler's weights or numbers are not the policy's."""
+    """Sampling and training disagree about the same tokens: the sampler's weights or numbers are not the policy's.
+
+    Sees nothing where neither prompts are shared nor vLLM samples: TRL's own sampling gives no log-probabilities. The
+    training warns of it then, and where sharing has fallen back, `ledger.json: fallback` says it too.
+    """
 
     action: Literal["warn", "stop"] = Field(default="stop", description="warn or stop, as for every watcher.")
     threshold: float | None = Field(
@@ -201,7 +205,9 @@ class TrainConfig(_Section):
     )
     clip: float = Field(0.2, gt=0, lt=1, description="ppo: the policy's ratio is clipped to 1 - clip .. 1 + clip.")
     prompt_sharing: bool = Field(
-        True, description="Encode each prompt once per group, in rollouts and updates; false is stock TRL."
+        True,
+        description="Encode each prompt once per group, in rollouts and updates; false is stock TRL, "
+        "in which watch.sampling_gap sees nothing without vLLM.",
     )
     token_budget: int = Field(1024, ge=64, description="Tokens of one packed forward when prompts are shared.")
     save_every: int = Field(10, ge=1, description="Steps between checkpoints; a killed run goes on from the last one.")

@@ -44,6 +44,9 @@ from train.batches import padded, tree_runs, whole_rows
 Record = Callable[[int, list[dict[str, Any]], list[list[int]], list[list[int]], Tensor, Tensor], None]
 Keep = Callable[[list[dict[str, Any]]], int]
 Noise = Literal["step", "row"]
+BLIND = (
+    "TRL's own sampling gives no log-probabilities, so train.watch.sampling_gap sees nothing and cannot stop the arm"
+)
 ONE_COPY = (DistributedType.NO, DistributedType.MULTI_CPU)  # where every process holds the whole policy
 
 log = logging.getLogger("traitdose")
@@ -386,13 +389,22 @@ class SharedPromptGRPOTrainer(SealedTrainer, GRPOTrainer):
 
     # -- self-check
 
+    @property
+    def _blind(self) -> bool:
+        """Whether the canary would see nothing without shared prompts: transformers' generation gives no logprobs."""
+        return self.canary and not self.use_vllm
+
     def _check_sharing(self) -> None:
         """Compare the shared paths with the plain ones, once; on a difference take TRL's own from now on."""
         self.checked = True
         problem = self._sharing_problem() if self.share else None
         if problem is None:
+            if not self.share and self._blind and self.accelerator.is_main_process:
+                log.warning("prompts are not shared: %s", BLIND)
             return
         self.share = False
+        if self._blind:
+            problem = f"{problem} ({BLIND})"
         name = base_model(self.accelerator.unwrap_model(self.model)).config.name_or_path or "the policy"
         if self.accelerator.is_main_process:
             log.warning(
