@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scripts.experiment import Experiment, is_hub_id
 from scripts.processes import count
+from train.config import uses_hub_kernels
 
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -21,9 +22,12 @@ QUIET = {
 }
 
 
-def be_quiet(base: str) -> None:
-    """To be called before torch or a library of Hugging Face is imported; what the user has set stays."""
-    if not is_hub_id(base):
+def be_quiet(base: str, hub: bool = False) -> None:
+    """To be called before torch or a library of Hugging Face is imported; what the user has set stays.
+
+    The hub is out of reach unless the base is there, or something else that `hub` stands for.
+    """
+    if not is_hub_id(base) and not hub:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
@@ -32,7 +36,7 @@ def be_quiet(base: str) -> None:
 
 def set_environment(experiment: Experiment, run_dir: Path) -> None:
     """Environment variables of a run, for the libraries that will be imported."""
-    be_quiet(experiment.base)
+    be_quiet(experiment.base, hub=uses_hub_kernels(experiment.train))
     tracking = {
         "WANDB_DIR": str(run_dir.resolve()),
         "WANDB_SILENT": "true",

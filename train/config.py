@@ -344,3 +344,11 @@ def cuda_settings(train: TrainConfig) -> list[str]:
         "vllm": train.vllm != "off",
     }
     return [f"train.{key} = {getattr(train, key)!r}" for key, on in wanted.items() if on]
+
+
+def uses_hub_kernels(train: TrainConfig) -> bool:
+    """Whether a training may fetch kernels from the hub, wherever its base comes from.
+
+    transformers takes flash attention from there, too, where its package is not installed.
+    """
+    return train.use_kernels or train.attention not in ("sdpa", "eager", "flex_attention")
