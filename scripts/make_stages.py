@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from scripts.environment import set_environment
 from scripts.experiment import Experiment
-from scripts.processes import agree, alone, count
+from scripts.processes import agree, alone, count, free_memory
 from scripts.stages import MANIFEST, Bars, Callback, Manifest, Stage, adopt_stage, is_whole, run_stage
 from scripts.workers import Workers, in_order, usable_cores
 
@@ -109,7 +108,7 @@ def _make(
 
         clock = time.process_time if workers is None else partial(workers.cpu_seconds, stage.name)
         manifest = run_stage(run_dir / stage.name, stage_inputs(stage, run_dir), work, stage.name, clock)
-    gc.collect()
+    free_memory()
     return manifest
 
 
@@ -119,7 +118,7 @@ def _work(experiment: Experiment, run_dir: Path, work: Work, out: Path, bars: Ba
     try:
         return work(out, bars)
     finally:
-        gc.collect()
+        free_memory()
 
 
 def _work_alone(experiment: Experiment, run_dir: Path, stage: Stage, out: Path) -> Mapping[str, Any] | None:

@@ -5,7 +5,9 @@ The first process is the main one: it holds the lock, prints, and writes. The ot
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -65,6 +67,17 @@ def alone(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args) in a fresh process that knows no launcher and sees one device; its errors are raised here."""
     with _no_launcher(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+def free_memory() -> None:
+    """Give back what a stage has left, to be called in every process that made it.
+
+    torch keeps freed GPU memory for itself; the stage after a training is made by another process, on the first GPU.
+    """
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import json
 import shutil
@@ -33,7 +32,7 @@ from scripts.environment import set_environment
 from scripts.evals import check_run
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
 from scripts.make_stages import adopt_stages, default_jobs, make_stages, no_bars, whole_stages
-from scripts.processes import agree, count, is_main, join, leave
+from scripts.processes import agree, count, free_memory, is_main, join, leave
 from scripts.stages import (
     MANIFEST,
     SETTINGS_ONLY,
@@ -149,7 +148,7 @@ def follow(experiment: Experiment, run_dir: Path) -> None:
     while (call := agree(None)) is not None:
         name, out = call
         stages[name].work(out, no_bars)
-        gc.collect()
+        free_memory()
     leave()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import get_constant_schedule_with_warmup
+from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 
 from rewards.reward_model import RewardModel
+from scripts.processes import free_memory
 from tests.conftest import REWARD, STANDARD
 from train.config import ArmConfig, TrainConfig
+from train.grpo import SharedPromptGRPOTrainer
 from train.ledger import Ledger
 from train.policy import Journal, read_rollouts, train_policy
 
@@ -80,6 +83,19 @@ def test_a_killed_arm_ends_where_it_would_have(stages: Path, tmp_path: Path, sto
     pd.testing.assert_frame_equal(a, b)
     a, b = (json.loads((tmp_path / name / "ledger.json").read_text()) for name in ("whole", "killed"))
     assert a["total"] == b["total"]
+
+
+def test_nothing_of_a_training_stays_in_memory(stages: Path, tmp_path: Path) -> None:
+    """Trainer, policy and reward model go with it, so that their memory can be given to the stage that follows."""
+
+    def living() -> set[int]:
+        free_memory()
+        kinds = (SharedPromptGRPOTrainer, PreTrainedModel, torch.optim.Optimizer)
+        return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), kinds)}
+
+    before = living()
+    train(stages, tmp_path / "arm")
+    assert living() <= before
 
 
 def test_the_control_needs_no_trait_prompt(stages: Path, tmp_path: Path) -> None:
