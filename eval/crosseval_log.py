@@ -17,6 +17,7 @@ from inspect_ai.scorer import Score
 from eval.crosseval_cost import Tokens
 from eval.crosseval_items import Interview, load_interviews
 from eval.item_forms import as_text
+from eval.kept_settings import check_kept, write_kept
 
 UNUSED = {"events", "store", "attachments", "timelines", "messages"}  # of a log, when only the replies are read
 
@@ -57,24 +58,12 @@ class Record:
 
 def check_settings(settings: Settings, out: Path) -> None:
     """Raises ValueError if the folder holds answers to other settings."""
-    path = out / "settings.json"
-    if not path.is_file():
-        return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in _plain(settings).items():
-        if theirs.get(key) != value:
-            raise ValueError(
-                f"{path}: {key} is {theirs.get(key)!r}, now {value!r} is asked for; answers to other settings do "
-                "not compare: use the same value, or another folder with --out"
-            )
+    check_kept(out / "settings.json", _plain(settings))
 
 
 def write_settings(settings: Settings, out: Path) -> None:
     """Note the settings in the folder, before the first answer."""
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / "settings.json.partial"
-    partial.write_text(json.dumps(_plain(settings), indent=1) + "\n", encoding="utf-8")
-    partial.replace(out / "settings.json")
+    write_kept(out / "settings.json", _plain(settings))
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

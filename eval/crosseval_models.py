@@ -10,7 +10,6 @@ http://host:port/v1/MODEL         any OpenAI-compatible server, with TRAITDOSE_A
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,8 @@ from inspect_ai.model import (
 )
 
 from eval.generalisation import encode_chat
-from models.loading import best_device, load_model, load_tokenizer, resolve_model
+from eval.local_models import local_paths
+from models.loading import best_device, load_model, load_tokenizer
 from models.rollout import sample
 from rewards.endpoint import Chat, EndpointConfig, TransientError, split_model
 
@@ -52,14 +52,14 @@ def check_model(name: str) -> None:
         if variable and not os.environ.get(variable):
             raise ValueError(f"{name}: {variable} is not set; export it, or leave the model out")
     elif not name.startswith("embedded:"):
-        _local_paths(name)
+        local_paths(name)
 
 
 def open_model(name: str, config: GenerateConfig) -> Model:
     """The model of a name, ready to be asked; a local one is loaded. Raises ValueError as check_model does."""
     check_model(name)
     if not is_served(name):
-        path, adapter = _local_paths(name)
+        path, adapter = local_paths(name)
         return get_model(f"traitdose/{name}", config=config, memoize=False, path=path, adapter=adapter)
     kind, base_url, model = split_model(name)
     if kind == "anthropic":
@@ -73,22 +73,6 @@ def open_model(name: str, config: GenerateConfig) -> Model:
         if type(error).__name__ != "PrerequisiteError":  # Inspect's, for a missing or too old client package
             raise
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
-
-
-def _local_paths(name: str) -> tuple[str, str | None]:
-    """(model, adapter or None) that models.loading takes."""
-    record = Path(name).expanduser() / "adapter_config.json"
-    if not record.is_file():
-        return resolve_model(name), None
-    base = str(json.loads(record.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
-    # a run's arms share its start model, wherever the run lies now
-    starts = (folder / "start" / "model" for folder in record.parents)
-    if base.endswith("start/model") and (near := next((path for path in starts if path.is_dir()), None)):
-        base = str(near)
-    try:
-        return resolve_model(base), str(record.parent)
-    except ValueError as error:
-        raise ValueError(f"{record}: base_model_name_or_path: {error}; put the base back where it was") from None
 
 
 @modelapi(name="traitdose-anthropic")

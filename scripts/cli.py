@@ -225,17 +225,20 @@ def persistence(
 def hub(
     model: Annotated[str, typer.Argument(help="Hub id or model directory.")],
     suite: Annotated[Path, typer.Option(help="Hub suite, for example configs/suites/capability-53.yaml.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for results.", show_default="runs/hub/<suite>")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.", show_default="runs/hub/<suite>/<model>")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
     judge: Annotated[str | None, typer.Option(help="Model that grades judged tasks.")] = None,
     training_judge: Annotated[str | None, typer.Option(help="Model that graded the training, or none.")] = None,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Run tasks that execute the model's code.")] = False,
 ) -> None:
-    """Run a suite of lm-eval and inspect-evals tasks from the hub; finished tasks are skipped."""
+    """Run tasks of lm-eval and inspect-evals from the hub; finished ones are skipped. Exit code 2: a task failed."""
     with _clear_errors():
         from scripts.evals import run_hub
 
-        run_hub(model, suite, out, limit, judge, training_judge, allow_code, Console())
+        if not run_hub(model, suite, out, limit, judge, training_judge, allow_code, Console()):
+            raise typer.Exit(2)
 
 
 @app.command()

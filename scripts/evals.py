@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from scripts.experiment import Experiment, find_file, load_experiment
 from scripts.stages import hash_files, run_stage, write_text
 
 SHOWN = 20  # hits in the table; all of them are in the JSON
+ERROR_SHOWN = 200  # characters of a failed task's error in the table
 
 
 # Contamination
@@ -267,24 +269,31 @@ def run_hub(
     training_judge: str | None,
     allow_code: bool,
     console: Console,
-) -> None:
-    """Run a hub suite and print its scores; everything a run lacks is said before anything is downloaded."""
+) -> bool:
+    """Run a hub suite and print its scores; True if no task failed.
+
+    Everything a run lacks is said before anything is downloaded.
+    """
     from eval.hub import load_suite, run_suite
 
     plan = load_suite(find_file(str(suite)))
-    folder = out or Path("runs") / "hub" / plan.name
+    folder = out or Path("runs") / "hub" / plan.name / (re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model")
 
     def progress(name: str, done: int, total: int) -> None:
         console.print(f"{done + 1} of {total}: {name}", highlight=False)
 
-    scores = run_suite(plan, model, folder, limit, judge, training_judge, allow_code, progress)
-    _write_json(folder / "scores.json", scores)
-    left_out = [task.name for task in plan.tasks if task.name not in scores]
-    table = Table("task", "metric", "score", title=plan.name, title_justify="left")
+    scores, errors = run_suite(plan, model, folder, limit, judge, training_judge, allow_code, progress)
+    _write_json(folder / "scores.json", {"model": model, "scores": scores, "errors": errors})
+    table = Table("task", "metric", "score", title=f"{plan.name}: {escape(model)}", title_justify="left")
     for task in plan.tasks:
         if task.name in scores:
             table.add_row(task.name, task.metric or "all", escape(json.dumps(scores[task.name])))
+        elif task.name in errors:
+            table.add_row(task.name, task.metric or "all", f"failed: {escape(errors[task.name][:ERROR_SHOWN])}")
     console.print(table)
-    if left_out:
+    if left_out := [task.name for task in plan.tasks if task.name not in scores and task.name not in errors]:
         console.print(f"left out, because they execute model-written code (--allow-code): {', '.join(left_out)}")
+    if errors:
+        console.print(f"{len(errors)} tasks failed: {', '.join(errors)}; the same command tries them again")
     _tell(folder, ("scores.json",), console)
+    return not errors

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import json
+import os
 import re
+import shutil
+import subprocess
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,17 +17,20 @@ from typing import Any
 import lm_eval.tasks
 import pytest
 from lm_eval.tasks._yaml_loader import load_yaml
+from typer.testing import CliRunner
 
 from eval.hub import (
     HubTask,
     check_judge,
     check_suite,
+    code_eval_allowed,
     inspect_command,
     inspect_score,
     load_suite,
     pick_metric,
     run_suite,
 )
+from scripts.cli import app
 
 SUITES = Path(__file__).parent.parent / "configs" / "suites"
 CAPABILITY, ALIGNMENT = SUITES / "capability-53.yaml", SUITES / "alignment-full.yaml"
@@ -203,8 +210,186 @@ def test_scores_are_read_from_both_programs() -> None:
     assert pick_metric(results, "exact_match") == 0.25
     with pytest.raises(ValueError, match=r"'acc' is not among .*exact_match,strict-match"):
         pick_metric(results, "acc")
-    log = {"results": {"scores": [{"metrics": {"accuracy": {"value": 0.5}, "stderr": {"value": 0.1}}}]}}
-    assert inspect_score(log, "accuracy") == 0.5
-    assert inspect_score(log, None) == {"accuracy": 0.5, "stderr": 0.1}
-    with pytest.raises(ValueError, match="has: accuracy, stderr"):
-        inspect_score(log, "f1")
+    with pytest.raises(ValueError, match="'mean' is nan"):
+        pick_metric({"mean,none": float("nan")}, "mean")
+
+
+def score_entry(name: str, scorer: str, reducer: str | None = None, **metrics: float) -> dict[str, Any]:
+    values = {key: {"name": key, "value": value} for key, value in metrics.items()}
+    return {"name": name, "scorer": scorer, "reducer": reducer, "metrics": values}
+
+
+def test_scores_that_share_a_metric_are_told_apart() -> None:
+    """agentic_misalignment reports the accuracy of two scores."""
+    scores = [score_entry("harmful", "harmfulness_scorer", accuracy=0.5, stderr=0.1),
+              score_entry("classifier_verdict", "harmfulness_scorer", accuracy=0.25, mean=float("nan"))]  # fmt: skip
+    log = {"status": "success", "results": {"scores": scores}}
+    assert inspect_score(log, None) == {
+        "harmful/accuracy": 0.5, "harmful/stderr": 0.1, "classifier_verdict/accuracy": 0.25,
+        "classifier_verdict/mean": None,
+    }  # fmt: skip
+    assert inspect_score(log, "classifier_verdict/accuracy") == 0.25
+    assert inspect_score(log, "stderr") == 0.1
+    for metric, message in (
+        ("accuracy", "of several scores in the log, which has: harmful/accuracy"),
+        ("f1", "not in the log, which has: harmful/accuracy"),
+        ("mean", "not a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inspect_score(log, metric)
+
+
+def test_scores_of_one_name_carry_their_scorer_and_reducer() -> None:
+    scores = [score_entry("score", "a", "mean", accuracy=0.5), score_entry("score", "a", "max", accuracy=1.0)]
+    found = inspect_score({"status": "success", "results": {"scores": scores}}, None)
+    assert found == {"a/mean/score/accuracy": 0.5, "a/max/score/accuracy": 1.0}
+
+
+INSPECT_TASKS = """
+from inspect_ai import Task, task
+from inspect_ai.dataset import MemoryDataset, Sample
+from inspect_ai.model import ModelOutput
+from inspect_ai.scorer import includes, match
+from inspect_ai.solver import solver
+
+@solver
+def say(text):
+    async def solve(state, generate):
+        if not text:
+            raise RuntimeError("the judge is down")
+        state.output = ModelOutput.from_content("mockllm/model", text)
+        return state
+    return solve
+
+def made(text):
+    samples = [Sample(input="a", target="yes"), Sample(input="b", target="no")]
+    return Task(dataset=MemoryDataset(samples), solver=say(text), scorer=[match(location="begin"), includes()])
+
+@task
+def bad():
+    return made("")
+
+@task
+def good():
+    return made("yes and no")
+"""
+
+
+def test_inspects_own_logs_of_a_failed_and_a_finished_task(tmp_path: Path) -> None:
+    """Inspect ends with code 0 though a task failed."""
+    (tmp_path / "tasks.py").write_text(INSPECT_TASKS)
+    entry = HubTask(name="x", runner="inspect-evals", category="x", metric=None, why="x")
+    command = inspect_command(entry, "m", None, None, tmp_path / "logs")
+    command[command.index("inspect_evals/x")] = "tasks.py"
+    command[command.index("hf/m")] = "mockllm/model"
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    logs = {path.stem.split("_")[1]: json.loads(path.read_text()) for path in (tmp_path / "logs").glob("*.json")}
+    assert {name: log["status"] for name, log in logs.items()} == {"bad": "error", "good": "success"}
+    with pytest.raises(ValueError, match=r"status 'error', not 'success': .*the judge is down"):
+        inspect_score(logs["bad"], None)
+    found = inspect_score(logs["good"], None)
+    assert isinstance(found, dict)
+    assert (found["match/accuracy"], found["includes/accuracy"]) == (0.5, 1.0)  # it begins with yes, and holds both
+
+
+def test_a_log_without_scores_is_no_result() -> None:
+    with pytest.raises(ValueError, match="no scores"):
+        inspect_score({"status": "success", "results": {"scores": []}}, None)
+
+
+# A folder of results
+
+
+SMALL_SUITE = """
+name: small
+lm_eval: {version}
+tasks:
+  - {{name: gpqa_diamond_zeroshot, category: knowledge, metric: acc, fewshot: 0, why: its data are gated}}
+  - {{name: sciq, category: knowledge, metric: acc, fewshot: 0, why: its data are here}}
+"""
+
+
+@pytest.fixture
+def suite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A suite of two tasks; the data of the second are in the working folder, under their name on the hub."""
+    rows = [{"question": "What is wet?", "distractor1": "fire", "distractor2": "sand", "distractor3": "wind",
+             "correct_answer": "water", "support": ""}] * 2  # fmt: skip
+    (tmp_path / "allenai" / "sciq").mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        (tmp_path / "allenai" / "sciq" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL_SUITE.format(version=importlib.metadata.version("lm_eval")))
+    return path
+
+
+def run_small(suite_file: Path, model: Path | str, out: Path, limit: int | None = 2) -> tuple[Any, dict[str, str]]:
+    return run_suite(load_suite(suite_file), str(model), out, limit, None, None, False, lambda *_: None)
+
+
+def test_a_failing_task_stops_no_other_one_and_results_stay_with_what_made_them(
+    suite_file: Path, tiny_dir: Path, tmp_path: Path
+) -> None:
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(tiny_dir, model)
+    scores, errors = run_small(suite_file, model, out)
+    assert list(errors) == ["gpqa_diamond_zeroshot"], errors
+    assert scores["sciq"] in (0.0, 1.0)  # one question, twice
+    # a finished task is read, not run: its score is the file's; the failed one is tried again
+    result = out / "sciq.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"score": 0.75}))
+    scores, errors = run_small(suite_file, model, out)
+    assert (scores, list(errors)) == ({"sciq": 0.75}, ["gpqa_diamond_zeroshot"])
+
+    with pytest.raises(ValueError, match=r"settings\.json: model is .*, now 'org/other' is asked for.*--out"):
+        run_small(suite_file, "org/other", out)
+    with pytest.raises(ValueError, match=r"settings\.json: limit is 2, now None is asked for"):
+        run_small(suite_file, model, out, None)
+    text = suite_file.read_text()
+    suite_file.write_text(text.replace("metric: acc, fewshot: 0, why: its data are here", "metric: acc_norm, why: x"))
+    with pytest.raises(ValueError, match=r"sciq\.json: (metric|fewshot) was .* in the suite, now it is"):
+        run_small(suite_file, model, out)
+    suite_file.write_text(text.replace("its data are here", "other words"))
+    assert run_small(suite_file, model, out)[0] == {"sciq": 0.75}  # a reason decides nothing
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    with pytest.raises(
+        ValueError, match=r"settings\.json: model = .*: its files are not those that the results are of"
+    ):
+        run_small(suite_file, model, out)
+
+
+def test_results_of_nobody_knows_which_model_are_refused(suite_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sciq.json").write_text('{"score": 0.9}')
+    with pytest.raises(ValueError, match=r"out: holds results but no settings\.json.*--out"):
+        run_small(suite_file, "org/m", tmp_path / "out")
+    assert not (tmp_path / "out" / "settings.json").exists()
+
+
+def test_the_command_shows_what_failed_and_ends_with_2(suite_file: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "run" / "model"
+    shutil.copytree(tiny_dir, model)
+    done = CliRunner().invoke(app, ["eval", "hub", "run/model", "--suite", str(suite_file), "--limit", "1"])
+    assert done.exit_code == 2, done.output
+    assert "1 tasks failed: gpqa_diamond_zeroshot; the same command tries them again" in done.output
+    content = json.loads((tmp_path / "runs" / "hub" / "small" / "run-model" / "scores.json").read_text())
+    assert content["model"] == "run/model"
+    assert list(content["scores"]) == ["sciq"]
+    assert list(content["errors"]) == ["gpqa_diamond_zeroshot"]
+
+
+def test_code_may_be_executed_while_a_code_task_runs_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    with code_eval_allowed(False):
+        assert "HF_ALLOW_CODE_EVAL" not in os.environ
+    with code_eval_allowed(True):
+        assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    with pytest.raises(KeyError), code_eval_allowed(True):
+        raise KeyError
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "0"
