@@ -190,8 +190,10 @@ def test_results_and_report_show_the_arms(run: Path) -> None:
     assert table["filter"] == {"c-sl": {"revisions": 10, "empty": 0, "preamble": 4}}
     assert not results["ledger"]["c-told"]["off_budget"]
     assert {row["arm"] for row in results["rewards"]} == {"control", "dose-05", "dose-25"}
-    claims = {claim["arm"]: claim["text"] for claim in results["claims"] if claim["id"] == "budget"}
-    assert claims["c-told"] == "c-told is told its principles in a system prompt and trains nothing."
+    claims = {claim["arm"]: claim for claim in results["claims"] if claim["id"] == "budget"}
+    assert claims["c-told"]["text"] == "c-told is told its principles in a system prompt and trains nothing."
+    assert claims["c-told"]["holds"] is None  # spending nothing speaks neither for nor against it
+    assert claims["c-sl"]["holds"] is True
     assert len({cell["column"] for cell in results["transfer"]}) == 4  # arms of equal doses stay apart
     assert {cell["arm"] for cell in results["transfer"] if cell["trained"]} == {"dose-05", "dose-25", "c-sl"}
     page = (run / "report.html").read_text(encoding="utf-8")
