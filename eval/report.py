@@ -22,8 +22,8 @@ from rich.text import Text
 from eval.report_charts import arm_colours, build_charts
 from eval.report_constitution import samples, side_by_side
 from eval.report_persistence import crossing_text, persistence_charts, persistence_examples
-from eval.results import BASE, CONTROL, LEDGER_KEYS, Frame, load_items, primary_rows
-from eval.wording import SIDES, against, listed, points, side
+from eval.results import BASE, CONTROL, LEDGER_KEYS, MARGIN, Frame, load_items, primary_rows
+from eval.wording import AS_CHOICES, SIDES, against, equivalent_means, listed, points, side, task_label
 
 SIZE_LIMIT = 8_000_000  # bytes of the whole page
 PROMPT_LIMIT, OUTPUT_LIMIT = 900, 500  # characters shown of one text
@@ -45,6 +45,7 @@ def write_report(run_dir: Path) -> Path:
     environment.filters.update(
         percent=lambda x: "–" if x is None else f"{100 * x:.1f}%",
         points=points,
+        task_label=task_label,
         p=_p_value,
         count=_count,
         span=_duration,
@@ -67,6 +68,8 @@ def write_report(run_dir: Path) -> Path:
         items=payload,
         shown=shown,
         total=total,
+        as_choices=AS_CHOICES,
+        equivalent_means=equivalent_means(MARGIN),
         limits=(PROMPT_LIMIT, OUTPUT_LIMIT),
         examples=persistence_examples(run_dir, results),
         samples=samples(run_dir, [arm["name"] for arm in results["arms"]], results["seeds"]),

@@ -12,7 +12,7 @@ from typing import Any
 
 import altair
 
-from eval.wording import points
+from eval.wording import points, task_label
 
 alt: Any = altair  # its generated signatures are narrower than what it takes
 
@@ -60,9 +60,7 @@ def build_charts(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         order = sorted({row["label"] for row in marked}, key=lambda x: (not x.endswith("(trained)"), x.isupper(), x))
         charts["domains"] = _intervals(marked, order, doses, colours, "difference to control, points")
     if others:
-        marked = [
-            {**row, "label": row["task"] + ("" if row["higher_is_better"] else " (less is better)")} for row in others
-        ]
+        marked = [{**row, "label": task_label(row)} for row in others]
         charts["others"] = _intervals(
             marked, list(dict.fromkeys(r["label"] for r in marked)), doses, colours, "difference to control, points"
         )

@@ -13,10 +13,11 @@ from typing import Any
 
 from eval.markdown import SIGNIFICANT, details, percent, picture, table
 from eval.report_charts import arm_colours, honesty_chart, transfer_chart
+from eval.results import MARGIN
 from eval.results_constitution import constitution_pictures, constitution_section
 from eval.results_persistence import persistence_pictures, persistence_section
 from eval.transfer import cells_of, markdown_table
-from eval.wording import points
+from eval.wording import AS_CHOICES, equivalent_means, points, task_label
 
 Row = Mapping[str, Any]
 
@@ -45,8 +46,8 @@ def render(runs: Sequence[Run], images: Mapping[str, str], numbers: Sequence[str
         f"Made by `{command}` from finished runs; every number is read from their files. Differences are arm minus "
         "control in points (hundredths), paired by item and seed, with 95% intervals over families of items and seeds. "
         "Verdicts are by q (Benjamini-Hochberg), which knows how many comparisons were made: *improved* or *regressed* "
-        "at q ≤ 0.05, *equivalent* within the margin, *inconclusive* otherwise, even where the interval of the one "
-        "comparison leaves zero out.",
+        f"at q ≤ 0.05, *equivalent* {equivalent_means(MARGIN)}, *inconclusive* otherwise, even where the interval of "
+        "the one comparison leaves zero out.",
         *(_run_head(run, path) for run, path in zip(runs, numbers, strict=True)),
     ]
     if cells:
@@ -148,7 +149,7 @@ def _run_body(run: Run, images: Mapping[str, str]) -> list[str]:
         seen = picture(FRONTIER_SEEN, images.get("frontier"))
         parts += ["### Honesty as a pair", FRONTIER_NOTE, seen, _pairs(r["honesty"])]
     if r["capability"]:
-        parts += ["### Capability", _capability(r["capability"]), _benchmarks(r["capability"])]
+        parts += ["### Capability", AS_CHOICES, _capability(r["capability"]), _benchmarks(r["capability"])]
     if r["generalisation"]:
         parts += ["### Generalisation, by trait", _generalisation(r), "### Pairs where neither refuses", _neither(r)]
     if r["constitution"]:
@@ -200,8 +201,7 @@ def _generalisation(r: Row) -> str:
     firsts = {row["task"]: row for row in reversed(r["generalisation"])}
     rows: list[Sequence[str]] = []
     for task, first in sorted(firsts.items(), key=lambda pair: (pair[1]["trait"], not pair[1]["trained_domain"])):
-        name = task + (" (less is better)" if not first["higher_is_better"] else "")
-        name += " †" if first["trained_domain"] else ""
+        name = task_label(first) + (" †" if first["trained_domain"] else "")
         about = (first["trait"], name, str(first["n"]), percent(first["base"]), percent(first["control"]))
         rows.append((*about, *(_difference(by.get((task, arm))) for arm in arms)))
     note = "† another family of the domain was trained on; all other tasks are of domains or traits never trained."
@@ -216,9 +216,8 @@ def _neither(r: Row) -> str:
         if rest is None:
             continue
         some = points({"delta": row["delta_non_refusal"], **rest})
-        rows.append(
-            (str(row.get("title") or row["task"]), row["arm"], some, str(rest["n"]), points(row), str(row["pairs"]))
-        )
+        what = str(row.get("title") or task_label(row))
+        rows.append((what, row["arm"], some, str(rest["n"]), points(row), str(row["pairs"])))
     if not rows:
         return "No task of this run defines refusing."
     return table(("what", "arm", "neither refuses", "pairs", "all pairs", "pairs"), rows)

@@ -12,6 +12,11 @@ from typing import Any, Literal, get_args
 
 Side = Literal["better", "worse", "not told apart"]
 SIDES: tuple[Side, ...] = get_args(Side)
+TELLING = ("complied",)  # metrics without which a task's name reads as its opposite: more of it is less over-refusal
+AS_CHOICES = (
+    "Every benchmark is recast as multiple choice, sets with free answers too: the answer is the choice of the largest "
+    "log-likelihood and nothing is generated, so the values do not compare with published ones."
+)
 
 
 def side(difference: Mapping[str, Any], higher_is_better: bool) -> Side:
@@ -43,3 +48,18 @@ def points(row: Mapping[str, Any], key: str = "delta") -> str:
 def listed(names: Sequence[str]) -> str:
     """One or more names in a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def task_label(row: Mapping[str, Any]) -> str:
+    """A task's name in a list of tasks, with what its values count where the name alone would mislead."""
+    about = [row["metric"]] if row["metric"] in TELLING else []
+    about += [] if row["higher_is_better"] else ["less is better"]
+    return str(row["task"]) + (f" ({', '.join(about)})" if about else "")
+
+
+def equivalent_means(margin: float) -> str:
+    """When a verdict is "equivalent", as a clause; margin is a fraction."""
+    return (
+        f"when two one-sided tests at 5% place the difference within ±{100 * margin:g} points, that is, when its 90% "
+        "interval lies within them (each comparison by itself: there is no correction for how many are tested)"
+    )

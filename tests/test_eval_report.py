@@ -90,6 +90,12 @@ def test_page_says_every_number_of_the_table(page: str, results: dict[str, Any])
     assert '<td class="off">+4.00%' in page
 
 
+def test_page_says_what_a_verdict_and_a_benchmark_are(page: str) -> None:
+    means = "when two one-sided tests at 5% place the difference within ±5 points, that is, when its 90% interval lies"
+    assert page.count(means) == 2  # where the benchmarks are shown, and under Method
+    assert "Every benchmark is recast as multiple choice" in page
+
+
 def test_names_and_intervals_stay_on_one_line() -> None:
     text = unbroken("dose-5 and dose-50: +1.0 [-2.0, +4.0] points (n = 3).", ["dose-5", "dose-50"])
     assert text == "dose-\u20605 and dose-\u206050: +1.0 [-2.0,\u00a0+4.0] points (n\u00a0=\u00a03)."
@@ -107,6 +113,17 @@ def test_charts_have_every_arm_and_benchmark(results: dict[str, Any]) -> None:
     drawn = [row for layer in charts["forest:dose-25"]["layer"] for row in layer.get("data", {}).get("values", [])]
     assert {row["task"] for row in drawn if "task" in row} == {f"bench-{k:02d}" for k in range(8)}
     assert len({colour for colour, _ in VERDICTS.values()}) == len({shape for _, shape in VERDICTS.values()}) == 4
+
+
+def test_a_task_is_drawn_with_the_metric_that_its_name_hides(results: dict[str, Any]) -> None:
+    row = next(row for row in results["generalisation"] if row["task"] == "lie-detection")
+    harmless = {**row, "task": "over-refusal-xstest", "metric": "complied"}
+    chart = build_charts({**results, "generalisation": [harmless]})["others"]
+    drawn = [row for layer in chart["layer"] for row in layer.get("data", {}).get("values", [])]
+    drawn += chart.get("data", {}).get("values", [])
+    assert {(row["label"], row["task"]) for row in drawn if "label" in row} == {
+        ("over-refusal-xstest (complied)", "over-refusal-xstest"),
+    }  # fmt: skip
 
 
 def test_too_many_items_are_cut_evenly_and_counted(run: Path, results: dict[str, Any]) -> None:

@@ -109,6 +109,21 @@ def test_two_runs_share_one_transfer_table(run: Path) -> None:
     assert "![" not in page
 
 
+def test_the_page_says_what_a_verdict_and_a_benchmark_are(run: Path, page: str) -> None:
+    assert (
+        "*equivalent* when two one-sided tests at 5% place the difference within ±5 points, that is, when its 90% "
+        in page
+    )
+    assert page.split("### Capability\n\n")[1].startswith(
+        "Every benchmark is recast as multiple choice, sets with free"
+    )
+    one = read_run(run)
+    row = next(row for row in one.results["generalisation"] if row["task"] == "truthfulness-law")
+    harmless = {**row, "task": "over-refusal-xstest", "metric": "complied"}
+    shown = render([replace(one, results={**one.results, "generalisation": [harmless]})], {}, ["one.json"], "x")
+    assert shown.count("| over-refusal-xstest (complied) |") == 2  # by trait, and where neither refuses
+
+
 def test_what_is_no_finished_run_is_named(run: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["results", str(tmp_path), "--out", str(tmp_path / "r.md")])
     assert done.exit_code == 2

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from eval.wording import SIDES, against, listed, points, side, speaks_for
+from eval.wording import SIDES, against, listed, points, side, speaks_for, task_label
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,11 @@ def test_a_difference_in_points() -> None:
     row = {"delta": 0.1234, "ci_low": -0.0004, "ci_high": 0.201}
     assert points(row) == "+12.3 [+0.0, +20.1]"  # what rounds to zero has no minus
     assert points({**row, "degradation": -0.5}, "degradation") == "-50.0 [+0.0, +20.1]"
+
+
+@pytest.mark.parametrize(("metric", "more_is_better", "label"), [
+    ("complied", True, "t (complied)"), ("correct", True, "t"), ("contradicts_belief", False, "t (less is better)"),
+    ("complied", False, "t (complied, less is better)"),
+])  # fmt: skip
+def test_a_task_whose_name_hides_its_metric_is_listed_with_it(metric: str, more_is_better: bool, label: str) -> None:
+    assert task_label({"task": "t", "metric": metric, "higher_is_better": more_is_better}) == label
