@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from inspect_ai.scorer import Score
 
 from eval.crosseval_cost import Tokens
 from eval.crosseval_items import Interview, load_interviews
+from eval.crosseval_models import weights_of
 from eval.item_forms import as_text
 from eval.kept_settings import check_kept, write_kept
 
@@ -53,6 +54,7 @@ class Record:
     usage: dict[str, Tokens] = field(default_factory=dict)
     errors: dict[tuple[str, str, str], str] = field(default_factory=dict)
     logs: dict[str, list[str]] = field(default_factory=dict)  # model -> log files
+    outdated: dict[str, list[str]] = field(default_factory=dict)  # the same, of other weights under the same name
     unreadable: list[str] = field(default_factory=list)
 
 
@@ -77,22 +79,30 @@ def fingerprint(item: Interview) -> str:
 
 
 def read_record(out: Path, settings: Settings) -> Record:
-    """Everything that the logs of a folder hold, the newest answer to each item."""
+    """Everything that the logs of a folder hold, the newest answer to each item.
+
+    A local model that has other files now, since its run was made again, is another model: of its old logs only what
+    the judge has used counts.
+    """
     record = Record()
     known: dict[str, dict[str, Interview]] = {}
     for path, log in _logs(out, record):
-        name, part = str((log.eval.metadata or {}).get("model")), log.eval.task
-        record.logs.setdefault(name, []).append(path.name)
+        about, part = log.eval.metadata or {}, log.eval.task
+        name, outdated = str(about.get("model")), _outdated(about)
+        (record.outdated if outdated else record.logs).setdefault(name, []).append(path.name)
         if part not in known:
             known[part] = {item.id: item for item in load_interviews(part, settings.limit, settings.seed)}
-        if log.error is not None:  # of the task as a whole
+        if log.error is not None and not outdated:  # of the task as a whole
             record.errors[name, part, ""] = _cause(log.error.message)
         for one in log.samples or ():
             key = (name, part, str(one.id))
             graded = one.role_usage.get("grader", ModelUsage())
             spent = sum(one.model_usage.values(), ModelUsage())
-            for whose, tokens in ((name, _tokens(spent) - _tokens(graded)), ("judge", _tokens(graded))):
+            mine = [] if outdated else [(name, _tokens(spent) - _tokens(graded))]
+            for whose, tokens in (*mine, ("judge", _tokens(graded))):
                 record.usage[whose] = record.usage.get(whose, Tokens()) + tokens
+            if outdated:
+                continue
             item = known[part].get(str(one.id))
             if one.error is not None or "replies" not in one.metadata or item is None:
                 if one.error is not None:
@@ -106,6 +116,14 @@ def read_record(out: Path, settings: Settings) -> Record:
             )
     record.errors = {key: text for key, text in record.errors.items() if key not in record.answers}
     return record
+
+
+def _outdated(about: Mapping[str, Any]) -> bool:
+    """Whether the model of a log has other files now; one whose files are gone cannot be told from what it was."""
+    try:
+        return about.get("weights") != weights_of(str(about.get("model")))
+    except ValueError:
+        return False
 
 
 def _tokens(usage: ModelUsage) -> Tokens:

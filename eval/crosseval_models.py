@@ -31,7 +31,7 @@ from inspect_ai.model import (
 )
 
 from eval.generalisation import encode_chat
-from eval.local_models import local_paths
+from eval.local_models import local_paths, weights_hash
 from models.loading import best_device, load_model, load_tokenizer
 from models.rollout import sample
 from rewards.endpoint import Chat, EndpointConfig, TransientError, split_model
@@ -53,6 +53,11 @@ def check_model(name: str) -> None:
             raise ValueError(f"{name}: {variable} is not set; export it, or leave the model out")
     elif not name.startswith("embedded:"):
         local_paths(name)
+
+
+def weights_of(name: str) -> str | None:
+    """The hash of a local model's files, None for a served one and a hub id. Raises ValueError as check_model does."""
+    return None if is_served(name) else weights_hash(name)
 
 
 def open_model(name: str, config: GenerateConfig) -> Model:

@@ -34,7 +34,7 @@ from inspect_ai.solver import solver
 from eval.crosseval_items import Interview, load_interviews
 from eval.crosseval_judge import ask_judge
 from eval.crosseval_log import Settings, check_settings, fingerprint, read_record, write_settings
-from eval.crosseval_models import BATCH, check_model, is_served, open_model
+from eval.crosseval_models import BATCH, check_model, is_served, open_model, weights_of
 from eval.crosseval_scores import score
 
 ROLES: dict[str, type[ChatMessage]] = {
@@ -159,7 +159,7 @@ def _tasks(
                 scorer=[_rules(items), *([_judge(items)] if settings.judge else [])],
                 model=model,
                 model_roles=roles or None,
-                metadata={"model": name, **asdict(settings)},
+                metadata={"model": name, "weights": weights_of(name), **asdict(settings)},
             )
         )
     return tasks

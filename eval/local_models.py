@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 from models.loading import resolve_model
@@ -37,9 +38,13 @@ def weights_hash(name: str) -> str | None:
     """
     folders = [Path(place) for place in local_paths(name) if place is not None and Path(place).is_dir()]
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
-    digest = hashlib.sha256()
-    for path in files:
-        if path.suffix not in PROSE:
-            with path.open("rb") as content:
-                digest.update(f"{path.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()[:16] if files else None
+    told = [path for path in files if path.suffix not in PROSE]
+    lines = [f"{path.name} {_file_hash(path, path.stat().st_size, path.stat().st_mtime_ns)}\n" for path in told]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16] if lines else None
+
+
+@cache
+def _file_hash(path: Path, size: int, modified: int) -> str:
+    """A file is read once, unless its size or its time of change tells that it is another one."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -61,6 +61,10 @@ def run_crosseval(
         _ask(todo, settings, limits, out, console)
     record = read_record(out, settings)
     size = sum(len(load_interviews(part, settings.limit, settings.seed)) for part in parts)
+    for name in models:
+        if name in record.outdated:
+            text = f"{name}: {len(record.outdated[name])} logs are of other weights under this name and are left out"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     results = build(models, record, settings, dict.fromkeys(models, size), estimate, prices)
     _write(results, record, models, out)
     _print_results(results, console)

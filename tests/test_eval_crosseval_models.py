@@ -13,7 +13,7 @@ import torch
 from inspect_ai.model import GenerateConfig, Model
 from peft import LoraConfig, get_peft_model
 
-from eval.crosseval_models import check_model, is_served, open_model
+from eval.crosseval_models import check_model, is_served, open_model, weights_of
 from eval.generalisation import encode_chat
 from models.loading import load_model, load_tokenizer
 from models.rollout import sample
@@ -107,3 +107,22 @@ def test_names_tell_served_from_local(name: str, served: bool) -> None:
 
 def test_a_hub_id_needs_no_check() -> None:
     check_model("org/model")
+
+
+def test_a_hash_knows_the_files_of_a_model_and_not_its_place(tiny_dir: Path, tmp_path: Path) -> None:
+    start, adapter = tmp_path / "run" / "start" / "model", tmp_path / "run" / "arms" / "a"
+    shutil.copytree(tiny_dir, start)
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "runs/x/start/model"}))
+    before, tuned = weights_of(str(start)), weights_of(str(adapter))
+    assert before is not None
+    assert before == weights_of(str(tiny_dir))
+    (start / "README.md").write_text("a card")
+    assert weights_of(str(start)) == before
+    content = bytearray((start / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (start / "model.safetensors").write_bytes(content)  # of the same size
+    assert weights_of(str(start)) != before
+    assert len({before, tuned, weights_of(str(adapter))}) == 3  # another base makes another model of an adapter
+    assert weights_of("org/model") is None
+    assert weights_of("openai/x") is None

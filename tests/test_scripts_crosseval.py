@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,9 +21,11 @@ import pandas as pd
 import pytest
 from chat_server import Reply, completion, failure, message, serve
 from click.testing import Result
+from conftest import tiny_llama
 from interview_policies import answers_by_chat, chat_key, flatterer, honest, refuser
 from typer.testing import CliRunner
 
+from eval.crosseval_cost import Tokens
 from eval.crosseval_items import PARTS, load_interviews
 from eval.crosseval_log import Settings, read_record
 from models.embedded import embedded_model
@@ -132,6 +135,30 @@ def test_what_failed_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
         added = crosseval(tmp_path, [moved, f"{again.url}/v1/refuser"], *more)
         assert added.exit_code == 0
         assert {body["model"] for body in again.requests[asked:]} == {"refuser"}
+
+
+def test_a_model_that_was_trained_again_is_asked_again(tmp_path: Path, tiny_dir: Path) -> None:
+    """The same path holds other weights: what the old ones said is no answer of theirs."""
+    model, out = tmp_path / "run" / "start" / "model", tmp_path / "out"
+    shutil.copytree(tiny_dir, model)
+    more = ("--limit", "2", "--test", "jailbreak")
+    settings = Settings(("jailbreak",), 2, 0, 8, None)
+    assert crosseval(out, [str(model)], *more).exit_code == 0
+    old = read_record(out, settings)
+    assert len(old.answers) == 2
+    assert old.outdated == {}
+    tiny_llama(seed=1).save_pretrained(model)
+    assert read_record(out, settings).answers == {}
+    again = crosseval(out, [str(model)], *more)
+    assert again.exit_code == 0
+    assert "1 logs are of other weights under this name and are left out" in again.output.replace("\n", "")
+    new = read_record(out, settings)
+    assert {one.log for one in new.answers.values()}.isdisjoint(one.log for one in old.answers.values())
+    assert [one.replies for one in new.answers.values()] != [one.replies for one in old.answers.values()]
+    assert new.usage == {str(model): new.usage[str(model)], "judge": Tokens()}
+    assert new.usage[str(model)].read == old.usage[str(model)].read  # of one run, not of both
+    shutil.rmtree(model)  # nobody can tell any more, so everything counts
+    assert read_record(out, settings).outdated == {}
 
 
 def test_a_judge_grades_beside_the_rules(tmp_path: Path) -> None:
