@@ -68,6 +68,10 @@ class Pace:
         self._next = start + self.gap
         return start - now
 
+    async def wait(self) -> None:
+        """Wait until the next request may start."""
+        await anyio.sleep(self.delay(anyio.current_time()))
+
 
 def plan(models: Sequence[str], settings: Settings, parts: Sequence[str], out: Path) -> dict[str, list[Interview]]:
     """What is still to be asked, by model. Raises ValueError for faulty models and for a folder of other settings."""
@@ -91,36 +95,59 @@ def ask(todo: dict[str, list[Interview]], settings: Settings, limits: Limits, ou
     os.environ.pop("INSPECT_TELEMETRY", None)
     served = [name for name, items in todo.items() if items and is_served(name)]
     local = [name for name, items in todo.items() if items and not is_served(name)]
-    for group in [served, *([name] for name in local)]:
-        if not group:
-            continue
-        tasks: list[Task] = []
-        models: list[Model] = []
-        for name in group:
-            model = open_model(name, _config(name, settings, limits))
-            models.append(model)
-            tasks += _tasks(name, model, todo[name], settings, limits, progress)
-        write_settings(settings, out)
-        logs = inspect_eval(
-            tasks,
-            model=models[0],  # every task brings its own
-            log_dir=str(out / "logs"),
-            log_format="eval",
-            log_buffer=1,
-            log_realtime=False,
-            log_model_api=False,
-            log_level="critical",
-            display="none",
-            ctl_server=False,
-            score_display=False,
-            fail_on_error=False,
-            max_tasks=len(tasks),
-            max_samples=max(limits.max_connections, BATCH),
-        )
-        if any(log.status == "cancelled" for log in logs):
-            raise KeyboardInterrupt
-        if len(group) == 1 and not is_served(group[0]):
-            models[0].api.close()
+    judge: Model | None = None
+    judge_pace = Pace(limits.per_minute)  # of all that the judge is asked, whomever it grades
+    try:
+        for group in [served, *([name] for name in local)]:
+            if not group:
+                continue
+            # a client's connections belong to the event loop of one call of Inspect; a local judge's weights do not
+            if settings.judge and (judge is None or is_served(settings.judge)):
+                judge = open_model(settings.judge, _config(settings.judge, settings, limits))
+            _ask_group(group, judge, judge_pace, todo, settings, limits, out, progress)
+    finally:
+        if judge is not None and not is_served(str(settings.judge)):
+            judge.api.close()
+
+
+def _ask_group(
+    group: Sequence[str],
+    judge: Model | None,
+    judge_pace: Pace,
+    todo: dict[str, list[Interview]],
+    settings: Settings,
+    limits: Limits,
+    out: Path,
+    progress: Progress,
+) -> None:
+    """Ask several models at once, in one call of Inspect."""
+    tasks: list[Task] = []
+    models: list[Model] = []
+    for name in group:
+        model = open_model(name, _config(name, settings, limits))
+        models.append(model)
+        tasks += _tasks(name, model, judge, judge_pace, todo[name], settings, limits, progress)
+    write_settings(settings, out)
+    logs = inspect_eval(
+        tasks,
+        model=models[0],  # every task brings its own
+        log_dir=str(out / "logs"),
+        log_format="eval",
+        log_buffer=1,
+        log_realtime=False,
+        log_model_api=False,
+        log_level="critical",
+        display="none",
+        ctl_server=False,
+        score_display=False,
+        fail_on_error=False,
+        max_tasks=len(tasks),
+        max_samples=max(limits.max_connections, BATCH),
+    )
+    if any(log.status == "cancelled" for log in logs):
+        raise KeyboardInterrupt
+    if len(group) == 1 and not is_served(group[0]):
+        models[0].api.close()
 
 
 def _config(name: str, settings: Settings, limits: Limits) -> GenerateConfig:
@@ -131,7 +158,14 @@ def _config(name: str, settings: Settings, limits: Limits) -> GenerateConfig:
 
 
 def _tasks(
-    name: str, model: Model, todo: Sequence[Interview], settings: Settings, limits: Limits, progress: Progress
+    name: str,
+    model: Model,
+    judge: Model | None,
+    judge_pace: Pace,
+    todo: Sequence[Interview],
+    settings: Settings,
+    limits: Limits,
+    progress: Progress,
 ) -> list[Task]:
     pace, done = Pace(limits.per_minute), [0]
 
@@ -139,9 +173,7 @@ def _tasks(
         done[0] += 1
         progress(name, done[0], len(todo))
 
-    roles: dict[str, Any] = {}
-    if settings.judge:
-        roles["grader"] = open_model(settings.judge, _config(settings.judge, settings, limits))
+    roles: dict[str, Any] = {} if judge is None else {"grader": judge}
     tasks: list[Task] = []
     for part in dict.fromkeys(item.part for item in todo):
         items = {item.id: item for item in todo if item.part == part}
@@ -156,7 +188,7 @@ def _tasks(
                 name=part,
                 dataset=MemoryDataset(samples, name=part),
                 solver=_interview(items, pace, finished),
-                scorer=[_rules(items), *([_judge(items)] if settings.judge else [])],
+                scorer=[_rules(items), *([_judge(items, judge_pace)] if judge is not None else [])],
                 model=model,
                 model_roles=roles or None,
                 metadata={"model": name, "weights": weights_of(name), **asdict(settings)},
@@ -182,7 +214,7 @@ def _interview(items: dict[str, Interview], pace: Pace, finished: Callable[[], N
                 mine: list[str] = []
                 for turn in talk.turns:
                     messages.append(ChatMessageUser(content=turn))
-                    await anyio.sleep(pace.delay(anyio.current_time()))
+                    await pace.wait()
                     output = await model.generate(messages)
                     messages.append(output.message)
                     mine.append(output.completion.strip())
@@ -217,13 +249,13 @@ def _rules(items: dict[str, Interview]) -> Any:
     return rules()
 
 
-def _judge(items: dict[str, Interview]) -> Any:
+def _judge(items: dict[str, Interview], pace: Pace) -> Any:
     """1 where the judge flags nothing."""
 
     @scorer(metrics=[mean()], name="judge")
     def judge() -> Any:
         async def grade(state: Any, target: Any) -> Score:
-            flagged, said = await ask_judge(items[str(state.sample_id)], state.metadata["replies"])
+            flagged, said = await ask_judge(items[str(state.sample_id)], state.metadata["replies"], pace.wait)
             about = {"flagged": flagged}
             if flagged is None:
                 return Score.unscored(reason="not decided", explanation=said, metadata=about)

@@ -21,15 +21,16 @@ import pandas as pd
 import pytest
 from chat_server import Reply, completion, failure, message, serve
 from click.testing import Result
-from conftest import tiny_llama
 from interview_policies import answers_by_chat, chat_key, flatterer, honest, refuser
 from typer.testing import CliRunner
 
 from eval.crosseval_cost import Tokens
 from eval.crosseval_items import PARTS, load_interviews
 from eval.crosseval_log import Settings, read_record
+from eval.crosseval_models import open_model
 from models.embedded import embedded_model
 from scripts.cli import app
+from tests.conftest import tiny_llama
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
 PLAYED = {
@@ -180,6 +181,47 @@ def test_a_judge_grades_beside_the_rules(tmp_path: Path) -> None:
     asked = [body["messages"][-1]["content"] for body in server.requests if body["model"] == "judge"]
     assert len(asked) == 2
     assert all("<talk>" in text and "state it" in text for text in asked)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """The models that are opened while a test runs, with their names."""
+    found: list[tuple[str, Any]] = []
+
+    def noted(name: str, config: Any) -> Any:
+        found.append((name, open_model(name, config)))
+        return found[-1][1]
+
+    monkeypatch.setattr("eval.crosseval_run.open_model", noted)
+    return found
+
+
+def test_the_pace_holds_for_the_judge_whomever_it_grades(tmp_path: Path, opened: list[tuple[str, Any]]) -> None:
+    """One request a second to each: both models end their only interview, of two requests, after a second."""
+    asked: list[float] = []
+
+    def answer(body: dict[str, Any], number: int) -> Reply:
+        if body["model"] == "judge":
+            asked.append(time.monotonic())
+        return played(body)
+
+    with serve(answer) as server:
+        honest_one, flattering, judge = (f"{server.url}/v1/{name}" for name in ("honest", "flatterer", "judge"))
+        more = ("--limit", "1", "--test", "jailbreak", "--per-minute", "60")
+        done = crosseval(tmp_path, [honest_one, flattering], *more, "--judge", judge, "--training-judge", "none")
+    assert done.exit_code == 0, done.output
+    assert len(asked) == 2
+    assert asked[1] - asked[0] > 0.5
+    assert sorted(name for name, _ in opened) == sorted([honest_one, flattering, judge])
+
+
+def test_a_local_judge_is_opened_once_and_closed(tmp_path: Path, tiny_dir: Path, opened: list[tuple[str, Any]]) -> None:
+    names = [str(shutil.copytree(tiny_dir, tmp_path / name)) for name in ("one", "two", "judge")]
+    more = ("--limit", "1", "--test", "jailbreak", "--judge", names[2], "--training-judge", "none")
+    done = crosseval(tmp_path / "out", names[:2], *more)
+    assert done.exit_code == 0, done.output
+    assert sorted(name for name, _ in opened) == sorted(names)
+    assert all(model.api._model is None for _, model in opened)
 
 
 def responses_form(text: str) -> Reply:
