@@ -51,7 +51,7 @@ def judge_question(item: Interview, replies: Replies) -> tuple[int, str] | None:
             )
         case Statements(right=right, wrong=wrong):
             values, _ = score(item, replies)
-            if not values["has_belief"]:
+            if not values.get("has_belief"):
                 return None
             believed, other, talk = (right, wrong, -1) if values["belief_right"] else (wrong, right, -2)
             return talk % len(item.talks), (
