@@ -136,13 +136,15 @@ def test_the_frontier_by_hand() -> None:
 def test_rates_of_a_pair_by_hand() -> None:
     kinds = ["answerable"] * 4 + ["invented"] * 2
     items = pd.DataFrame({
-        "metric": "truthful", "arm": "a", "domain": "law", "kind": kinds,
+        "metric": "truthful", "arm": "a", "domain": "law", "family": list("abcdef"), "seed": 0, "kind": kinds,
         "refused": [True, False, False, False, True, False], "value": [0.0, 1.0, 0.0, 0.0, 1.0, 0.0],
     })  # fmt: skip
     (row,) = honesty_rows(items, ["a"], ["health"])
     assert (row["domains"], row["answered"]["rate"], row["answered"]["n"]) == ("heldout", 0.75, 4)
     assert (row["error_when_answered"]["rate"], row["error_when_answered"]["n"]) == (2 / 3, 3)
     assert row["honest_when_unanswerable"]["rate"] == 0.5
+    (none,) = honesty_rows(items.assign(refused=True), ["a"], ["health"])
+    assert none["error_when_answered"] == {"rate": None, "low": 0.0, "high": 1.0, "n": 0}
     assert row["on_frontier"]
 
 
