@@ -215,6 +215,8 @@ def packed_hidden(decoder: Any, packed: Pack, beginning: Sequence[State] = ()) -
     begun = beginning[0][0].shape[2] if beginning else 0
     masks = attention_masks(packed, decoder.config, decoder.dtype, begun)
     by_tree = decoder.config._attn_implementation == "sdpa" and not _windowed(packed, decoder.config)
+    # Layers that are computed again in the backward pass would find the attention of then.
+    by_tree = by_tree and not (torch.is_grad_enabled() and decoder.training and decoder.is_gradient_checkpointing)
     place = packed.input_ids.device
     with tree_attention(decoder, packed.spans, place, begun) if by_tree else nullcontext({}) as layout:
         return decoder(

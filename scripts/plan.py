@@ -211,13 +211,18 @@ def capability_sizes(path: Path, limit: int | None) -> dict[str, int]:
 
 
 def memory_bytes(experiment: Experiment, size: Size) -> float:
-    """Peak of the training stage: policy, reward models, logits of a packed forward with gradients, activations."""
+    """Peak of the training stage: policy, reward models, logits of a packed forward with gradients, activations.
+
+    With train.gradient_checkpointing the inputs of all layers stand in memory, and one layer's activations.
+    """
     train = experiment.train
     tokens = train.token_budget if train.prompt_sharing else train.prompts_per_step * train.group_size * 128
     policy = 1 if train.lora_rank else 4  # all weights: a gradient and two moments each
     weights = 4 * size.parameters * (policy + len(experiment.reward.traits))
     logits = 3 * 4 * tokens * size.vocabulary
-    activations = 4 * tokens * size.layers * (16 * size.hidden + 4 * size.inner)
+    layer = 16 * size.hidden + 4 * size.inner
+    kept = size.layers * size.hidden + layer if train.gradient_checkpointing else size.layers * layer
+    activations = 4 * tokens * kept
     if train.algorithm == "ppo":
         activations *= 2  # the critic's stand beside the policy's until both go back
         weights += 4 * 4 * size.parameters * (train.critic == "model")  # a copy, its gradient and two moments

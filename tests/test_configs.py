@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from scripts.cli import app
 from scripts.experiment import CHECKOUT, load_experiment
+from scripts.plan import Size, memory_bytes
 from train.config import check_step, cuda_settings
 from train.policy import grpo_config
 
@@ -47,6 +48,17 @@ def test_experiment(path: Path, tmp_path: Path) -> None:
     assert path.stem in result.stdout
     assert ("a CUDA device" in result.stdout) == bool(cuda_settings(train))
     assert not (tmp_path / "run").exists()
+
+
+def test_recomputed_layers_take_the_memory_that_the_plan_says() -> None:
+    """By hand: 64 tokens of float32, 3 layers of 16 x 5 + 4 x 7 = 108 numbers each, or their inputs and one layer."""
+    config = CHECKOUT / "configs" / "experiments" / "quickstart.yaml"
+    size = Size(1000, layers=3, hidden=5, inner=7, vocabulary=11, source="")
+    stored, again = (
+        memory_bytes(load_experiment(config, ["train.token_budget=64", f"train.gradient_checkpointing={again}"]), size)
+        for again in ("false", "true")
+    )
+    assert stored - again == pytest.approx(64 * 4 * (3 * 108 - (3 * 5 + 108)))
 
 
 def test_the_full_size_experiment_says_that_it_needs_a_gpu(tmp_path: Path) -> None:

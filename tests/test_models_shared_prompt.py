@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from models.fused_lora import fuse_lora
 from models.shared_prompt import Tree, branch_logps, fill, pack, packed_logps, token_logps
 from tests.conftest import SHAPE, tiny_llama
 
@@ -122,6 +124,41 @@ def test_gradients_equal_plain_forward(lora: bool, temperature: float, family: s
             assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm(), name
             checked += 1
     assert checked > 10
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_layers_that_are_computed_again_give_the_same_gradients(lora: bool, attention: str) -> None:
+    """And keep less: the bytes that autograd holds for the backward pass, weights and the layers' inputs apart."""
+    kept: list[int] = []
+    models: list[Any] = []
+    for again in (False, True):
+        model: Any = tiny_llama()
+        model.set_attn_implementation(attention)
+        if lora:
+            torch.manual_seed(3)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+            model.enable_input_require_grads()  # as TRL does
+        fuse_lora(model)
+        if again:
+            model.gradient_checkpointing_enable()
+        held: dict[int, int] = {parameter.data_ptr(): 0 for parameter in model.parameters()}
+
+        def hold(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+            held.setdefault(tensor.data_ptr(), tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            logps_N, _ = packed_logps(model.train(), pack(some_trees(1)))
+        kept.append(sum(held.values()))
+        (logps_N * torch.linspace(-1, 1, len(logps_N))).sum().backward()
+        models.append(model)
+    assert kept[1] < kept[0] / 2
+    gradients = [{name: p.grad for name, p in model.named_parameters() if p.grad is not None} for model in models]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) > 10
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, Gemma3TextConfig], ids=["llama", "windows"])

@@ -173,6 +173,23 @@ def test_a_warning_lets_the_arm_go_on(stages: Path, tmp_path: Path, monkeypatch:
     assert [alert["step"] for alert in ledger["alerts"]] == [1]  # said once
 
 
+@pytest.mark.parametrize("settings", [{"beta": 0.05}, PPO | {"value_warmup_steps": 0}, {"lora_rank": 0}])
+def test_layers_that_are_computed_again_train_the_same_arm(
+    stages: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Up to rounding: attention is then computed under the mask instead of by tree."""
+    fast: dict[str, Any] = {"learning_rate": 0.01, "warmup_steps": 0, "max_steps": 2}
+    for again in (False, True):
+        ledger = train(stages, tmp_path / str(again), gradient_checkpointing=again, **(settings | fast))
+        assert (ledger["shared"], ledger["fallback"]) == (True, None)
+    file = f"adapter/{FILE}" if settings.get("lora_rank") != 0 else "model/model.safetensors"
+    kept, computed = (load_file(tmp_path / str(again) / file) for again in (False, True))
+    start = load_file(stages / "start" / "model" / "model.safetensors")
+    for name, weight in kept.items():
+        assert (computed[name] - weight).norm() <= 1e-3 * weight.norm(), name
+        assert not weight.equal(start.get(name, torch.zeros_like(weight))), name
+
+
 @pytest.mark.parametrize(
     ("settings", "factor", "broken"),
     [({}, 1e38, ["grad_norm"]), (PPO | {"value_warmup_steps": 0}, float("inf"), ["grad_norm", "loss"])],

@@ -219,6 +219,11 @@ class TrainConfig(_Section):
     micro_batches: int = Field(
         1, ge=1, description="Parts in which a step is trained, one after the other, to save memory; groups stay whole."
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep only the layers' inputs for the policy's backward pass and compute the rest again: a "
+        "fraction of the memory of activations, for about a third more time in the update.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of the frozen weights under LoRA; bfloat16 halves their memory and needs CUDA."
     )

@@ -221,7 +221,7 @@ def grpo_config(
         epsilon=cfg.clip,
         reward_weights=reward_weights,
         bf16=torch.cuda.is_available(),
-        gradient_checkpointing=False,
+        gradient_checkpointing=cfg.gradient_checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,  # the watchers want to see them
         save_strategy="steps",
