@@ -37,7 +37,7 @@ Callback = Callable[[int, int], None]  # (done, total)
 Bars = Callable[[str], Callback]  # a label -> the callback of a fresh bar
 
 # Keys of an experiment that leave a stage's content as it is, so that changing them redoes nothing.
-SETTINGS_ONLY = ("min_accuracy", "audit", "save_every", "vllm_server_url", "vllm_memory")
+SETTINGS_ONLY = ("min_accuracy", "audit", "save_every", "vllm_server_url", "vllm_memory", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
