@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from scripts.environment import set_environment
 from scripts.experiment import Experiment
-from scripts.processes import agree, alone, count, free_memory
+from scripts.processes import afresh, agree, alone, count, free_memory, is_main
 from scripts.stages import MANIFEST, Bars, Callback, Manifest, Stage, adopt_stage, is_whole, run_stage
 from scripts.workers import Workers, in_order, usable_cores
 
@@ -96,20 +96,36 @@ def _make(
     workers: Workers | None,
 ) -> Manifest:
     apart = count() > 1 and not stage.together  # then its process draws its bars
-    with nullcontext(no_bars) if apart else bars_of(stage.name) as bars:
+    with nullcontext(no_bars) if apart or _needs_fresh(stage, experiment) else bars_of(stage.name) as bars:
 
         def work(out: Path) -> Mapping[str, Any] | None:
             if apart:
                 return alone(_work_alone, experiment, run_dir, stage, out)
+            here = partial(work_here, experiment, run_dir, stage)
             if workers is not None:
-                return workers.call(stage.name, bars, _work, experiment, run_dir, stage.work, out)
+                return workers.call(stage.name, bars, _work, experiment, run_dir, here, out)
             agree((stage.name, out))
-            return stage.work(out, bars)
+            return here(out, bars)
 
         clock = time.process_time if workers is None else partial(workers.cpu_seconds, stage.name)
         manifest = run_stage(run_dir / stage.name, stage_inputs(stage, run_dir), work, stage.name, clock)
     free_memory()
     return manifest
+
+
+def work_here(experiment: Experiment, run_dir: Path, stage: Stage, out: Path, bars: Bars) -> Mapping[str, Any] | None:
+    """This process's part of a stage; each of several processes calls it for a stage that they make together.
+
+    A training that samples with vLLM gets a process of its own: TRL's client of a vLLM server keeps its port, and a
+    colocated engine the GPU's memory, until their process ends. The next training would fail on either.
+    """
+    if _needs_fresh(stage, experiment):
+        return afresh(_work_alone, experiment, run_dir, stage, out)
+    return stage.work(out, bars)
+
+
+def _needs_fresh(stage: Stage, experiment: Experiment) -> bool:
+    return stage.together and experiment.train.vllm != "off"
 
 
 def _work(experiment: Experiment, run_dir: Path, work: Work, out: Path, bars: Bars) -> Mapping[str, Any] | None:
@@ -122,7 +138,9 @@ def _work(experiment: Experiment, run_dir: Path, work: Work, out: Path, bars: Ba
 
 
 def _work_alone(experiment: Experiment, run_dir: Path, stage: Stage, out: Path) -> Mapping[str, Any] | None:
-    """_work in a process that the launcher does not know."""
+    """_work in a process of its own, which draws the bars; of several, the main one does."""
+    if not is_main():
+        return _work(experiment, run_dir, stage.work, out, no_bars)
     with make_bars(Console()) as bars_of, bars_of(stage.name) as bars:
         return _work(experiment, run_dir, stage.work, out, bars)
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ Result = TypeVar("Result")
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
 LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "ROLE_", "MASTER_")  # how their other variables begin
+EVERY = 0.5  # seconds between two looks at the parent
 PATIENCE = timedelta(days=30)  # the others wait while the main process fits, evaluates and reports
 
 
@@ -65,8 +69,41 @@ def agree(value: Any) -> Any:
 
 def alone(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args) in a fresh process that knows no launcher and sees one device; its errors are raised here."""
-    with _no_launcher(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with _no_launcher():
+        return _fresh(function, *args)
+
+
+def afresh(function: Callable[..., Result], *args: Any) -> Result:
+    """function(*args) in a fresh process that has this one's place among the others, each of which calls this, too.
+
+    What a library keeps for as long as its process lives ends with it. Errors are raised here.
+    """
+    if count() == 1:
+        return alone(function, *args)
+    with _own_meeting(agree(_free_port())):
+        return _fresh(function, *args)
+
+
+def end_with(parent: int) -> None:
+    """Let this process end with its parent, even one that was killed and could not say so."""
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(EVERY)
+    os._exit(1)
+
+
+def _fresh(function: Callable[..., Result], *args: Any) -> Result:
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with, (os.getpid(),)) as pool:
         return pool.submit(function, *args).result()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def free_memory() -> None:
@@ -95,11 +132,29 @@ def _group() -> Any:
 
 @contextmanager
 def _no_launcher() -> Iterator[None]:
+    with _environment_again():
+        for key in list(os.environ):
+            if key in PLACE or key.startswith(LAUNCHERS):
+                del os.environ[key]
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        yield
+
+
+@contextmanager
+def _own_meeting(port: int) -> Iterator[None]:
+    """The launcher's places, but they meet at a port of their own: this process's group still holds the launcher's."""
+    with _environment_again():
+        for key in list(os.environ):
+            if key.startswith("TORCHELASTIC_"):  # else they would look for the launcher's own store
+                del os.environ[key]
+        os.environ["MASTER_PORT"] = str(port)
+        yield
+
+
+@contextmanager
+def _environment_again() -> Iterator[None]:
+    """Puts the environment back as it was."""
     before = dict(os.environ)
-    for key in before:
-        if key in PLACE or key.startswith(LAUNCHERS):
-            del os.environ[key]
-    os.environ["CUDA_VISIBLE_DEVICES"] = before.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     try:
         yield
     finally:

@@ -31,7 +31,7 @@ from scripts.constitution import constitution_parts, system_prompt
 from scripts.environment import set_environment
 from scripts.evals import check_run
 from scripts.experiment import CHECKOUT, Experiment, find_file, is_hub_id
-from scripts.make_stages import adopt_stages, default_jobs, make_stages, no_bars, whole_stages
+from scripts.make_stages import adopt_stages, default_jobs, make_stages, no_bars, whole_stages, work_here
 from scripts.processes import agree, count, free_memory, is_main, join, leave
 from scripts.stages import (
     MANIFEST,
@@ -147,7 +147,7 @@ def follow(experiment: Experiment, run_dir: Path) -> None:
     stages = {stage.name: stage for stage in list_stages(experiment, run_dir)}
     while (call := agree(None)) is not None:
         name, out = call
-        stages[name].work(out, no_bars)
+        work_here(experiment, run_dir, stages[name], out, no_bars)
         free_memory()
     leave()
 

@@ -15,11 +15,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, Thr
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
+from scripts.processes import end_with
 from scripts.stages import Bars, Callback, Stage
 
 Result = TypeVar("Result")
 
-EVERY = 0.5  # seconds between two reports of progress, and between two looks at the parent
+EVERY = 0.5  # seconds between two reports of progress
 
 _reports: Any = None  # in a worker: the queue to the main process
 
@@ -113,13 +114,7 @@ def _begin(queue: Any, threads: int, parent: int) -> None:
     _reports = queue
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops its workers
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(EVERY)
-    os._exit(1)
+    end_with(parent)
 
 
 def _work(key: str, function: Callable[..., Result], args: tuple[Any, ...]) -> tuple[Result, float]:

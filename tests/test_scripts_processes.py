@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from accelerate import PartialState
 
 from scripts import processes
-from scripts.experiment import CHECKOUT
+from scripts.experiment import CHECKOUT, load_experiment
+from scripts.make_stages import no_bars, work_here
+from scripts.stages import Stage
+from tests.children import finish_all, fork_group
+from tests.test_scripts_workers import is_alive, wait_for
 
 
 def test_a_run_without_launcher_is_one_main_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +46,107 @@ def test_alone_is_away_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {key: os.environ[key] for key in launcher} == launcher
     with pytest.raises(ValueError, match="in the other process"):
         processes.alone(what_it_sees, "fail")
+
+
+def hold(folder: str, port: int) -> int:
+    """Meet the others, add 1 + rank over all, and hold a port for as long as the process lives, as a library may."""
+    held = socket.socket()
+    rank = int(os.environ.get("RANK", "0"))
+    held.bind(("127.0.0.1", port + rank))
+    KEPT.append(held)
+    state = PartialState(cpu=True)
+    total = torch.tensor([1 + rank])
+    if state.num_processes > 1:
+        torch.distributed.all_reduce(total)
+    with (Path(folder) / f"{rank}.txt").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    return int(total)
+
+
+KEPT: list[socket.socket] = []
+
+
+def free_ports() -> int:
+    """The first of two free ports in a row, in all likelihood."""
+    with socket.socket() as probe, socket.socket() as beside:
+        while True:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+            beside.bind(("127.0.0.1", port + 1))
+            return port
+
+
+def test_what_a_fresh_process_holds_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in processes.PLACE:
+        monkeypatch.delenv(key, raising=False)
+    port = free_ports()
+    for _ in range(2):
+        assert processes.afresh(hold, str(tmp_path), port) == 1
+    pids = (tmp_path / "0.txt").read_text().split()
+    assert len({*pids, str(os.getpid())}) == 3
+
+
+def test_fresh_processes_meet_beside_the_launched_ones(tmp_path: Path) -> None:
+    """Twice, in processes of their own, while the group of those that call them stays as it was."""
+    port = free_ports()
+
+    def member() -> None:
+        PartialState._reset_state()  # of the process that was forked
+        processes.join()
+        for _ in range(2):
+            before = dict(os.environ)
+            assert processes.afresh(hold, str(tmp_path), port) == 3
+            assert dict(os.environ) == before
+        assert processes.agree(os.environ["RANK"]) == "0"
+
+    finish_all(fork_group(member))
+    pids = [(tmp_path / f"{rank}.txt").read_text().split() for rank in range(2)]
+    assert len({*pids[0], *pids[1]}) == 4
+
+
+def test_a_fresh_process_ends_with_its_parent(tmp_path: Path) -> None:
+    """Else it would go on to write into a run that another one continues."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys; from scripts.processes import alone; from tests.test_scripts_processes import linger\n"
+        "if __name__ == '__main__':\n"
+        "    alone(linger, sys.argv[1])\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path / "pid")], env=env)
+    pid = wait_for(tmp_path / "pid")
+    assert is_alive(pid)
+    parent.kill()
+    parent.wait()
+    while is_alive(pid):
+        time.sleep(0.05)
+
+
+def linger(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def train_afresh(out: Path, bars: Any) -> dict[str, Any]:
+    bars("")(1, 1)
+    return {"pid": os.getpid()}
+
+
+@pytest.mark.parametrize(
+    ("vllm", "together", "fresh"),
+    [("off", True, False), ("colocate", True, True), ("server", True, True), ("colocate", False, False)],
+)
+def test_a_training_that_samples_with_vllm_has_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllm: str, together: bool, fresh: bool
+) -> None:
+    for key in processes.PLACE:
+        monkeypatch.delenv(key, raising=False)
+    overrides = [f"train.vllm={vllm}"] + ["train.vllm_server_url=http://localhost:1"] * (vllm == "server")
+    experiment = load_experiment(CHECKOUT / "configs" / "experiments" / "quickstart.yaml", overrides)
+    stage = Stage("arms/control/seed-0/train", train_afresh, {}, together=together)
+    made = work_here(experiment, tmp_path, stage, tmp_path, no_bars)
+    assert made is not None
+    assert (made["pid"] != os.getpid()) == fresh
 
 
 @pytest.mark.slow

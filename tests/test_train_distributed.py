@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 
+from scripts import processes
 from tests.children import finish, finish_all, fork, fork_group, kill
 from tests.conftest import REWARD, STANDARD
 from tests.test_train_grpo import build
@@ -94,6 +95,21 @@ def test_an_arm_of_two_processes_is_that_of_one_also_after_a_kill(tiny_stages: P
     exact = ["step", "position", "source", "prompt_id", "prompt", "completion", "tokens"]
     pd.testing.assert_frame_equal(one[exact], two[exact])
     pd.testing.assert_frame_equal(one.drop(columns=exact), two.drop(columns=exact), atol=1e-5)
+
+
+def test_an_arm_of_two_fresh_processes_is_that_of_one(tiny_stages: Path, tmp_path: Path) -> None:
+    """Those that call them have met already, as those of a run have."""
+    config = TRAIN.model_copy(update={"max_steps": 2})
+
+    def member() -> None:
+        PartialState._reset_state()  # of the process that was forked
+        processes.join()
+        processes.afresh(train_arm, tiny_stages, tmp_path / "two", config)
+
+    assert finish(fork(lambda: train_arm(tiny_stages, tmp_path / "one", config))) is None
+    finish_all(fork_group(member), seconds=120)
+    file = Path("adapter") / "adapter_model.safetensors"
+    assert_close(tmp_path / "one" / file, tmp_path / "two" / file)
 
 
 def test_ppo_in_two_processes_ends_as_in_one(tiny_stages: Path, tmp_path: Path) -> None:
