@@ -10,7 +10,7 @@ from models import shared_prompt
 from models.kv_cache import LEAST, common_beginning, read_beginning, roomy_cache
 from models.replies import encode, reply
 from models.rollout import sample
-from models.shared_prompt import Tree, branch_logps, plain_logps
+from models.shared_prompt import Tree, plain_logps, shared_logps
 from tests.conftest import SHAPE, greedy_reference
 
 BEGINNING = [5 + k % 40 for k in range(LEAST + 3)]
@@ -66,7 +66,7 @@ def test_branches_are_scored_as_after_whole_prompts(config: type, attention: str
     model = AutoModelForCausalLM.from_config(config(**SHAPE), attn_implementation=attention).eval()
     read = Counting(model.get_decoder())
     trees = [Tree(prompt, [[80, 81], [82], [83, 84, 85]]) for prompt in PROMPTS]
-    scored = branch_logps(model, trees, budget)
+    scored = shared_logps(model, trees, budget)
     assert read.tokens == len(BEGINNING) + sum(len(tree) - len(BEGINNING) - 3 for tree in trees)  # no last tokens
     for tree, branches in zip(trees, scored, strict=True):
         for branch, logps in zip(tree.branches, branches, strict=True):
@@ -76,9 +76,9 @@ def test_branches_are_scored_as_after_whole_prompts(config: type, attention: str
 def test_the_mask_alone_says_the_same(tiny_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that do not hand the tree's layout down attend by the mask."""
     trees = [Tree(prompt, [[80, 81], [82]]) for prompt in PROMPTS]
-    by_tree = branch_logps(tiny_model, trees)
+    by_tree = shared_logps(tiny_model, trees)
     monkeypatch.setattr(shared_prompt, "tree_attention", lambda *_: shared_prompt.nullcontext({}))
-    for ours, masked in zip(by_tree, branch_logps(tiny_model, trees), strict=True):
+    for ours, masked in zip(by_tree, shared_logps(tiny_model, trees), strict=True):
         torch.testing.assert_close(ours, masked)
 
 
@@ -90,7 +90,7 @@ def test_a_sliding_window_is_kept() -> None:
     for prompt, (completion,) in zip(PROMPTS, ours, strict=True):
         assert completion == greedy_reference(model, prompt, 12)
     trees = [Tree(prompt, [[80, 81], [82]]) for prompt in PROMPTS]
-    for tree, branches in zip(trees, branch_logps(model, trees), strict=True):
+    for tree, branches in zip(trees, shared_logps(model, trees), strict=True):
         for branch, logps in zip(tree.branches, branches, strict=True):
             torch.testing.assert_close(logps, plain_logps(model, tree.prompt, branch), atol=1e-5, rtol=1e-5)
 
