@@ -109,8 +109,9 @@ def _run_head(run: Run, numbers: str) -> str:
     packages = next((m["packages"] for m in reversed(stages) if m["packages"]), {})
     commits = sorted({str(m["git_commit"])[:12] for m in stages if m["git_commit"]})
     versions = ", ".join(f"{name} {version}" for name, version in packages.items())
+    attacked = f", then `traitdose persist {run.place}`" if r["persistence"] else ""
     lines = [
-        ("command", f"`traitdose run {run.place}/config.yaml` (the resolved config of the run)"),
+        ("command", f"`traitdose run {run.place}/config.yaml` (the resolved config of the run){attacked}"),
         ("base", f"`{r['model']}`"),
         ("arms, with their dose", doses),
         ("seeds", ", ".join(map(str, r["seeds"]))),
