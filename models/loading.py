@@ -47,7 +47,7 @@ def load_model(
     On a CPU its linear layers are computed by oneDNN (models/linear.py).
     attention: transformers' attn_implementation. use_kernels: layers from the kernels hub, on CUDA.
     """
-    with _told(name):
+    with _missing_explained(name):
         model: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(name), dtype=dtype, attn_implementation=attention, use_kernels=use_kernels
         )
@@ -59,7 +59,7 @@ def load_model(
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def _missing_explained(name: str) -> Iterator[None]:
     """A model that is not there, here or at the hub, as a ValueError; transformers raises OSError without a path."""
     try:
         yield
@@ -77,7 +77,7 @@ def best_device() -> str:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token (its own or, where it has none, the end-of-sequence token)."""
-    with _told(name):
+    with _missing_explained(name):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -6,10 +6,12 @@ import itertools
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,3 +97,31 @@ def finish_all(pids: Sequence[int], seconds: float = 60) -> None:
             kill(running)
             raise AssertionError(f"{len(running)} processes had not ended after {seconds} s")
         time.sleep(0.01)
+
+
+def wait_for(path: Path) -> int:
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def end_with_killed_parent(code: str, tmp_path: Path) -> None:
+    """Run the code, whose child writes its pid into sys.argv[1] and lingers; kill it, and wait for the child's end.
+
+    A child that outlives its parent runs into the test's time limit.
+    """
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path / "pid")], env=env)
+    pid = wait_for(tmp_path / "pid")
+    assert is_alive(pid)
+    parent.kill()
+    parent.wait()
+    while is_alive(pid):
+        time.sleep(0.05)

@@ -21,8 +21,7 @@ from scripts import processes
 from scripts.experiment import CHECKOUT, load_experiment
 from scripts.make_stages import no_bars, work_here
 from scripts.stages import Stage
-from tests.children import finish_all, fork_group
-from tests.test_scripts_workers import is_alive, wait_for
+from tests.children import end_with_killed_parent, finish_all, fork_group
 
 
 def test_a_run_without_launcher_is_one_main_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,20 +105,12 @@ def test_fresh_processes_meet_beside_the_launched_ones(tmp_path: Path) -> None:
 
 def test_a_fresh_process_ends_with_its_parent(tmp_path: Path) -> None:
     """Else it would go on to write into a run that another one continues."""
-    script = tmp_path / "parent.py"
-    script.write_text(
+    code = (
         "import sys; from scripts.processes import alone; from tests.test_scripts_processes import linger\n"
         "if __name__ == '__main__':\n"
         "    alone(linger, sys.argv[1])\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path / "pid")], env=env)
-    pid = wait_for(tmp_path / "pid")
-    assert is_alive(pid)
-    parent.kill()
-    parent.wait()
-    while is_alive(pid):
-        time.sleep(0.05)
+    end_with_killed_parent(code, tmp_path)
 
 
 def linger(path: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +12,7 @@ import pytest
 
 from scripts.stages import Bars, Stage
 from scripts.workers import Workers, in_order
+from tests.children import end_with_killed_parent, is_alive, wait_for
 
 
 def stage(name: str, *needs: str) -> Stage:
@@ -120,17 +119,6 @@ def test_a_worker_is_another_process_whose_progress_and_errors_arrive_here() -> 
     assert reports == [("sum", 1, 2), ("sum", 2, 2)]
 
 
-def wait_for(path: Path) -> int:
-    while not (path.exists() and path.read_text()):
-        time.sleep(0.05)
-    return int(path.read_text())
-
-
-def is_alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
 def test_killing_the_workers_ends_what_they_do(tmp_path: Path) -> None:
     workers = Workers(1, threads=1)
     errors: list[BaseException] = []
@@ -157,13 +145,4 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n"
         "    Workers(1, 1).call('linger', lambda label: lambda done, total: None, linger, sys.argv[1])\n"
     )
-    script = tmp_path / "parent.py"
-    script.write_text(code)
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path / "pid")], env=env)
-    pid = wait_for(tmp_path / "pid")
-    assert is_alive(pid)
-    parent.kill()
-    parent.wait()
-    while is_alive(pid):
-        time.sleep(0.05)
+    end_with_killed_parent(code, tmp_path)
