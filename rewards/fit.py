@@ -33,9 +33,8 @@ from rewards.probes import Probe, domains, load_probes
 from rewards.reward_model import (
     Recipe,
     RewardModel,
-    calibrate,
     fit_reward_model,
-    save_measured,
+    measure,
     train_reward_model,
     write_pairs,
 )
@@ -91,9 +90,8 @@ def fit_trait(
     write_pairs(parts, out)
     recipe = recipe or (RECIPE if start is None else RECIPE_FROM)
     model = train_reward_model(parts["train"], base, out, seed, recipe, progress, start)
-    model.calibration = calibrate(model, parts["validation"])
     shutil.rmtree(out / "trainer", ignore_errors=True)  # the checkpoints
-    return save_measured(model, trait, parts, out)
+    return measure(model, trait, parts, out)
 
 
 def fit_rewards(

@@ -47,6 +47,8 @@ MEASURED_PROBES = (64, 160)  # but at least and at most so many: enough to judge
 OWN_TOKENS = 32  # length of the policy's own answers
 VALIDATION_SHARE = 0.15  # of the training subjects, kept for the calibration
 
+AnswerScores = dict[tuple[str, str], float]  # raw scores by prompt id and answer
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -156,8 +158,7 @@ def fit_reward_model(
     write_pairs(parts, out)
     recipe = Recipe(cfg.epochs, cfg.learning_rate, cfg.lora_rank, cfg.batch_size)
     fitted = train_reward_model(parts["train"], start, out, seed, recipe, progress)
-    fitted.calibration = calibrate(fitted, parts["validation"])
-    return save_measured(fitted, PROBE_TRAIT, parts, out)
+    return measure(fitted, PROBE_TRAIT, parts, out)
 
 
 def own_answers(policy: str, probes: Sequence[Probe], n: int, seed: int) -> dict[str, list[str]]:
@@ -278,27 +279,33 @@ def _check_start(start: Path, base: str) -> None:
         raise ValueError(f"{config}: was fitted on {fitted_on}, not on {base}; begin with a model of the same base")
 
 
-def save_measured(model: RewardModel, trait: str, parts: dict[str, list[Preference]], out: Path) -> dict[str, Any]:
-    """Measure a calibrated model and write calibration.json and accuracy.json; returns the accuracy.
+def measure(model: RewardModel, trait: str, parts: dict[str, list[Preference]], out: Path) -> dict[str, Any]:
+    """Calibrate a fitted model, measure it, and write calibration.json and accuracy.json; returns the accuracy.
 
     `parts` holds "train", "validation" and "test".
     """
-    if model.calibration is None:
-        raise ValueError(f"trait {trait}: calibrate the reward model before it is saved")
+    validation, test = (answer_scores(model, parts[part]) for part in ("validation", "test"))
+    model.calibration = calibrate(validation, parts["validation"])
     (out / "calibration.json").write_text(json.dumps(asdict(model.calibration)))
     accuracy = {
         "trait": trait,
         "pairs": len(parts["train"]),
-        "validation": pair_accuracy(model, parts["validation"]),
-        "heldout": pair_accuracy(model, parts["test"]),
+        "validation": pair_accuracy(validation, parts["validation"]),
+        "heldout": pair_accuracy(test, parts["test"]),
     }
     (out / "accuracy.json").write_text(json.dumps(accuracy, indent=1))
     return accuracy
 
 
-def calibrate(model: RewardModel, preferences: Sequence[Preference]) -> Calibration:
-    """Least-squares line from raw scores to the prices of the answers; the slope must be positive."""
-    scores = answer_scores(model, preferences)
+def answer_scores(model: RewardModel, preferences: Sequence[Preference]) -> AnswerScores:
+    """The raw score of every answer; an answer in several preferences is scored once."""
+    answers = {(p.prompt_id, text): p.prompt for p in preferences for text in (p.chosen, p.rejected)}
+    raw = model.raw_scores(list(answers.values()), [text for _, text in answers])
+    return dict(zip(answers, raw.tolist(), strict=True))
+
+
+def calibrate(scores: AnswerScores, preferences: Sequence[Preference]) -> Calibration:
+    """Least-squares line from the answers' raw scores to their prices; its slope must be positive."""
     prices = {
         (preference.prompt_id, text): price
         for preference in preferences
@@ -313,20 +320,12 @@ def calibrate(model: RewardModel, preferences: Sequence[Preference]) -> Calibrat
     return Calibration(float(slope), float(intercept))
 
 
-def answer_scores(model: RewardModel, preferences: Sequence[Preference]) -> dict[tuple[str, str], float]:
-    """The raw score of every answer, by prompt id and text; an answer in several preferences is scored once."""
-    answers = {(p.prompt_id, text): p.prompt for p in preferences for text in (p.chosen, p.rejected)}
-    raw = model.raw_scores(list(answers.values()), [text for _, text in answers])
-    return dict(zip(answers, raw.tolist(), strict=True))
-
-
-def pair_accuracy(model: RewardModel, preferences: Sequence[Preference]) -> dict[str, Any]:
+def pair_accuracy(scores: AnswerScores, preferences: Sequence[Preference]) -> dict[str, Any]:
     """Share of preferences ranked rightly (ties count half) with its 95% Wilson interval and n.
 
     In all, and each by itself under "contrasts" (failure modes), "domains", "families" and "style" (where a guess by
     sentence length alone is right, and where it is wrong).
     """
-    scores = answer_scores(model, preferences)
     groups: dict[str, dict[str, list[float]]] = {
         name: defaultdict(list) for name in ("contrasts", "domains", "families", "style")
     }

@@ -14,12 +14,12 @@ import torch
 
 from rewards.preferences import Preference
 from rewards.reward_model import (
-    Calibration,
     Recipe,
     RewardModel,
+    answer_scores,
     calibrate,
+    measure,
     pair_accuracy,
-    save_measured,
     share,
     train_reward_model,
 )
@@ -50,9 +50,8 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 def fitted(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RewardModel, Path]:
     out = tmp_path_factory.mktemp("reward")
     model = train_reward_model(preferences(), str(tiny_dir), out, 0, RECIPE)
-    model.calibration = Calibration(0.5, 0.25)
     parts = {"train": preferences(), "validation": preferences(4, "kept"), "test": preferences(8, "heldout")}
-    save_measured(model, "truthfulness", parts, out)
+    measure(model, "truthfulness", parts, out)
     return model, out
 
 
@@ -86,9 +85,9 @@ def test_stock_peft_and_transformers_give_the_same_scores(fitted: tuple[RewardMo
             expected.append(stock(input_ids=ids).logits[0, 0].item())
     np.testing.assert_allclose(model.raw_scores(prompts, answers), expected, atol=2e-4)
     np.testing.assert_allclose(loaded.raw_scores(prompts, answers), expected, atol=2e-4)
-    np.testing.assert_allclose(
-        loaded.score(prompts, answers), np.clip(0.5 * np.array(expected) + 0.25, -1.5, 1.5), atol=2e-4
-    )
+    line = json.loads((out / "calibration.json").read_text())
+    prices = np.clip(line["slope"] * np.array(expected) + line["intercept"], -1.5, 1.5)
+    np.testing.assert_allclose(loaded.score(prompts, answers), prices, atol=2e-3)
 
 
 def test_a_prompt_with_more_replies_than_a_pack_holds_is_scored_the_same(fitted: tuple[RewardModel, Path]) -> None:
@@ -154,18 +153,20 @@ def test_calibration_is_the_least_squares_line() -> None:
     """Every answer counts once, however many preferences it stands in: a at 1, c! at 0, b!! at -1."""
     rows = [("a", "b!!", (1.0, -1.0)), ("a", "c!", (1.0, 0.0)), ("c!", "b!!", (0.0, -1.0))]
     priced = [Preference("p", [], good, bad, prices, "", "home", "f") for good, bad, prices in rows]
-    line = calibrate(Raw(), priced)  # type: ignore[arg-type]
+    scores = answer_scores(Raw(), priced)  # type: ignore[arg-type]
+    line = calibrate(scores, priced)
     assert (line.slope, line.intercept) == (pytest.approx(1.0), pytest.approx(1.0))
     np.testing.assert_allclose(line(np.array([0.0, -2.0, 9.0])), [1.0, -1.0, 1.5])
     with pytest.raises(ValueError, match="validation"):
-        calibrate(Raw(), [replace(p, prices=(-p.prices[0], -p.prices[1])) for p in priced])  # type: ignore[arg-type]
+        calibrate(scores, [replace(p, prices=(-p.prices[0], -p.prices[1])) for p in priced])
 
 
 def test_accuracy_counts_ties_as_half() -> None:
     one, two = preferences(1)
     tie = Preference("t", one.prompt, "x", "y", (1.0, -1.0), "tie", "away", "f")
     wrong = Preference("w", one.prompt, "x!", "y", (1.0, -1.0), "wrong", "away", "f")
-    found = pair_accuracy(Raw(), [one, two, tie, wrong])  # type: ignore[arg-type]
+    rows = [one, two, tie, wrong]
+    found = pair_accuracy(answer_scores(Raw(), rows), rows)  # type: ignore[arg-type]
     assert found["accuracy"] == pytest.approx(2.5 / 4)
     assert found["domains"] == {"away": share([0.5, 0.0]), "home": share([1.0, 1.0])}
     assert found["contrasts"]["tie"]["accuracy"] == 0.5
