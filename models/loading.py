@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.embedded import embedded_model
-from models.linear import use_onednn
+from models.linear import use_fastest
 
 
 def resolve_model(name: str) -> str:
@@ -44,7 +44,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model in eval mode; a PEFT adapter, if given, is merged into its weights.
 
-    On a CPU its linear layers are computed by oneDNN (models/linear.py).
+    On a CPU the faster library computes its linear layers (models/linear.py).
     attention: transformers' attn_implementation. use_kernels: layers from the kernels hub, on CUDA.
     """
     with _missing_explained(name):
@@ -55,7 +55,7 @@ def load_model(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return use_onednn(model.to(torch.device(device)).eval())
+    return use_fastest(model.to(torch.device(device)).eval())
 
 
 @contextmanager

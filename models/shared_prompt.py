@@ -373,20 +373,23 @@ class _FrozenHeadLogps(torch.autograd.Function):
         temperature: float,
         scale: float,
     ):
-        logps_NV = linear(rows_ND, weight_VD, bias_V).float()
+        logits_NV = linear(rows_ND, weight_VD, bias_V).float()
         if scale != 1.0:
-            logps_NV *= scale
+            logits_NV *= scale
         if temperature != 1.0:
-            logps_NV /= temperature
-        logps_NV -= logps_NV.logsumexp(-1, keepdim=True)
-        logp_N = logps_NV.gather(1, targets_N[:, None])[:, 0]
-        probs_NV = logps_NV.exp()
-        entropy_N = -logps_NV.mul_(probs_NV).sum(-1)
+            logits_NV /= temperature
+        # In place, with one more (N, V) only: getting pages for another took longer than the arithmetic.
+        logits_NV -= logits_NV.amax(-1, keepdim=True)
+        exp_NV = logits_NV.exp()
+        sum_N = exp_NV.sum(-1)
+        logz_N = sum_N.log()
+        logp_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logz_N
+        entropy_N = logz_N - logits_NV.mul_(exp_NV).sum(-1) / sum_N
         # 1 - p in 32 bits: in 16, W[target] less the sum of p W loses what is left of a likely target's gradient.
-        delta_NV = probs_NV.neg_()
-        delta_NV[torch.arange(len(targets_N), device=targets_N.device), targets_N] += 1
+        delta_NV = exp_NV.neg_()
+        delta_NV[torch.arange(len(targets_N), device=targets_N.device), targets_N] += sum_N
         grad_ND = linear(delta_NV.to(weight_VD.dtype), weight_VD.t())
-        ctx.save_for_backward(grad_ND * (scale / temperature))
+        ctx.save_for_backward(grad_ND.mul_((scale / temperature / sum_N)[:, None]))
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 

@@ -21,7 +21,7 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 
 from models.checkpoints import latest
-from models.linear import use_onednn
+from models.linear import use_fastest
 from models.loading import best_device, load_model, load_tokenizer, resolve_model
 from models.progress import ProgressCallback, silence
 from models.replies import encode
@@ -101,7 +101,7 @@ class RewardModel:
         model = PeftModel.from_pretrained(model, folder / "model").merge_and_unload()
         model.config.pad_token_id = tokenizer.pad_token_id
         calibration = Calibration(**json.loads((folder / "calibration.json").read_text()))
-        return cls(use_onednn(model.to(torch.device(device))), tokenizer, calibration)
+        return cls(use_fastest(model.to(torch.device(device))), tokenizer, calibration)
 
     @torch.inference_mode()
     def raw_scores(self, prompts: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
@@ -234,7 +234,7 @@ def fit_rows(
         )
     backbone.config.pad_token_id = tokenizer.pad_token_id
     trainer = trainer_class(
-        model=use_onednn(backbone),
+        model=use_fastest(backbone),
         args=TRLRewardConfig(
             output_dir=str(out / "trainer"),
             num_train_epochs=recipe.epochs,

@@ -57,7 +57,7 @@ class Side:
     def __init__(self, ours: bool, device: str) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from models.linear import use_onednn
+        from models.linear import use_fastest
         from models.loading import load_tokenizer, resolve_model
 
         self.ours, self.device = ours, torch.device(device)
@@ -73,7 +73,7 @@ class Side:
             path = resolve_model(BASE)
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
         if ours:
-            use_onednn(self.model)
+            use_fastest(self.model)
         self.trainer: Any = None
 
     def sizes(self) -> dict[str, int]:

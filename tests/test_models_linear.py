@@ -1,4 +1,4 @@
-"""oneDNN's products equal torch's, in both directions, and whatever it should not touch goes torch's own way."""
+"""Both libraries' products equal torch's, in both directions; whatever oneDNN should not touch goes torch's own way."""
 
 from __future__ import annotations
 
@@ -11,12 +11,31 @@ from torch import nn
 from torch.nn.functional import linear as stock
 
 from models.fused_lora import FusedLoraLinear, fuse_lora
-from models.linear import AVAILABLE, OneDNNLinear, linear, use_onednn
+from models.linear import AVAILABLE, FastLinear, PackedLinear, linear, use_fastest
 from tests.conftest import tiny_llama
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"], autouse=True)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Each test with either library, whatever this processor prefers."""
+    monkeypatch.setattr("models.linear.USE_ONEDNN", request.param)
+    return request.param
 
 
 def test_this_build_of_torch_has_it() -> None:
     assert AVAILABLE
+
+
+@pytest.mark.parametrize("out", [10, 2**15])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer(out: int, bias: bool, library: bool) -> None:
+    """oneDNN's own order for every weight, with MKL for the large one only; another weight takes its place."""
+    layer, x = nn.Linear(24, out, bias), torch.randn(3, 24)
+    packed = PackedLinear(layer.weight, layer.bias)
+    assert packed.packed.is_mkldnn == (library or out > 10)
+    torch.testing.assert_close(packed(x), layer(x).detach(), rtol=1e-5, atol=1e-5)
+    packed.pack(2 * layer.weight)
+    torch.testing.assert_close(packed(x), stock(x, 2 * layer.weight, layer.bias).detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 1, 24)])
@@ -63,8 +82,8 @@ def test_what_does_not_suit_is_left_to_torch(change: Any) -> None:
 def test_a_model_keeps_its_names_and_its_numbers() -> None:
     model, ids = tiny_llama(), torch.tensor([[5, 6, 7, 8]])
     names, before = list(model.state_dict()), model(ids).logits
-    assert use_onednn(model) is model
-    assert all(isinstance(module, OneDNNLinear) for module in model.modules() if isinstance(module, nn.Linear))
+    assert use_fastest(model) is model
+    assert all(isinstance(module, FastLinear) for module in model.modules() if isinstance(module, nn.Linear))
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
 
