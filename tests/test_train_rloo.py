@@ -99,8 +99,10 @@ def test_equals_stock(tiny_dir: Path, tmp_path: Path, beta: float, lora: bool) -
     assert advantages.abs().sum() > 3
     assert grads.keys() == stock_grads.keys()
     assert len(grads) > 10
+    # A ratio is that of a whole completion: the rounding of its six log-probabilities adds up in the exponent.
+    apart = 2e-5 if beta else 1e-5
     for name, grad in grads.items():
-        assert (grad - stock_grads[name]).norm() <= 1e-5 * stock_grads[name].norm() + 1e-9, name
+        assert (grad - stock_grads[name]).norm() <= apart * stock_grads[name].norm() + 1e-9, name
     if beta:
         assert 0 < metrics["clip_ratio/region_mean"][0] < 1
         assert abs(metrics["kl"][0]) > 1e-3
