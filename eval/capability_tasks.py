@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.resources import files
-from random import Random
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -147,14 +147,14 @@ def _as_choice(benchmark: Benchmark, raw: _Raw, pool: list[str]) -> Item:
             f"benchmark {benchmark.name}: item {raw.id} has {len(wrong)} wrong answers of {benchmark.choices - 1}"
         )
     choices = [raw.gold, *wrong]
-    Random(f"{benchmark.name}/{raw.id}/order").shuffle(choices)
+    random.Random(f"{benchmark.name}/{raw.id}/order").shuffle(choices)
     prompt = benchmark.prompt.replace("{question}", raw.question)
     return Item(raw.id, prompt, tuple(choices), choices.index(raw.gold), raw.suffix)
 
 
 def _wrong(benchmark: Benchmark, raw: _Raw, pool: list[str]) -> list[str]:
     """Distinct wrong answers by the benchmark's rule: a function of the item and the pool alone."""
-    rng = Random(f"{benchmark.name}/{raw.id}")
+    rng = random.Random(f"{benchmark.name}/{raw.id}")
     if benchmark.wrong == "own":
         answers = list(raw.wrong) if len(raw.wrong) == benchmark.choices - 1 else rng.sample(raw.wrong, len(raw.wrong))
     elif benchmark.wrong == "classes":
@@ -177,7 +177,7 @@ def _wrong(benchmark: Benchmark, raw: _Raw, pool: list[str]) -> list[str]:
     return kept
 
 
-def _reorder(answer: str, rng: Random) -> str:
+def _reorder(answer: str, rng: random.Random) -> str:
     """The answer's words in another order, separators where they were; a single word's letters."""
     pieces = re.split(r"([^\s,\[\]]+)", answer)
     words = pieces[1::2]
@@ -208,7 +208,10 @@ def _reasoning_gym(benchmark: Benchmark, name: str, seed: int) -> Iterator[_Raw]
     except (TypeError, AssertionError) as error:
         raise ValueError(f"benchmark {benchmark.name}: params {benchmark.params} do not fit {name}: {error}") from error
     for index in range(draws):
-        with redirect_stdout(io.StringIO()):  # the bf generator prints a dot per draw
+        with (
+            redirect_stdout(io.StringIO()),
+            _seeded(f"{name}/{seed}/{index}"),
+        ):  # bf prints a dot per draw
             entry: dict[str, Any] = data[index]
         question = entry["question"].strip()
         if benchmark.keep:
@@ -221,6 +224,17 @@ def _reasoning_gym(benchmark: Benchmark, name: str, seed: int) -> Iterator[_Raw]
             return data.score_answer(answer, entry) >= 1.0
 
         yield _Raw(f"{name}-{seed}-{index}", question, str(entry["answer"]).strip(), is_right=is_right)
+
+
+@contextmanager
+def _seeded(seed: str) -> Iterator[None]:
+    """Within it Python's own generator begins at the seed: list_functions draws a part of an entry from that one."""
+    before = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 # MMLU, development questions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections import Counter
 from pathlib import Path
@@ -86,6 +87,19 @@ def test_subsets_are_spread_over_the_set_and_the_same_each_time(suite: Suite) ->
     assert subset == load_items(mmlu, suite.seed, 20)
     assert len({item.id.rsplit("-", 1)[0] for item in subset}) >= 18  # nearly every item from another subject
     assert {item.id for item in subset} <= {item.id for item in load_items(mmlu, suite.seed)}
+
+
+def test_every_model_gets_the_same_items(suite: Suite) -> None:
+    """Whatever was drawn before: a generator of reasoning-gym takes numbers from Python's own generator."""
+    drawn = []
+    for before in (1, 2):
+        random.seed(before)
+        drawn.append([load_items(benchmark, suite.seed, 100) for benchmark in suite.benchmarks])
+        after = random.random()
+        random.seed(before)
+        assert random.random() == after  # and drawing items leaves that one as it was
+    for benchmark, first, second in zip(suite.benchmarks, *drawn, strict=True):
+        assert first == second, benchmark.name
 
 
 def test_rows(small_suite: Path, tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
