@@ -209,9 +209,9 @@ def _reasoning_gym(benchmark: Benchmark, name: str, seed: int) -> Iterator[_Raw]
         raise ValueError(f"benchmark {benchmark.name}: params {benchmark.params} do not fit {name}: {error}") from error
     for index in range(draws):
         with (
-            redirect_stdout(io.StringIO()),
+            redirect_stdout(io.StringIO()),  # bf prints a dot per draw
             _seeded(f"{name}/{seed}/{index}"),
-        ):  # bf prints a dot per draw
+        ):
             entry: dict[str, Any] = data[index]
         question = entry["question"].strip()
         if benchmark.keep:
